@@ -125,12 +125,14 @@ def read_takes(manifest: Path, speaker: str) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def strings(takes: dict[str, list[np.ndarray]], count: int, purpose: str) -> list[String]:
+def strings(
+    takes: dict[str, list[np.ndarray]], count: int, purpose: str, least: int = 3, most: int = 5
+) -> list[String]:
     """Joins recordings to strings of 3 to 5 digits, all digits equally often, with silence around them."""
     rng = keyed_rng(0, purpose)
     silence, made = np.zeros(PAUSE, np.float32), []
     for _ in range(count):
-        digits = [DIGITS[number] for number in rng.integers(len(DIGITS), size=rng.integers(3, 6))]
+        digits = [DIGITS[number] for number in rng.integers(len(DIGITS), size=rng.integers(least, most + 1))]
         parts = [silence]
         for digit in digits:
             wave_T = takes[digit][rng.integers(len(takes[digit]))]

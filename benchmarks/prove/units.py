@@ -1,10 +1,11 @@
 """Trains text to units to audio, and units to text, on strings of digits; recognisers listen.
 
-    python benchmarks/prove/units.py                  # about 12 minutes of one core
+    python benchmarks/prove/units.py                  # about 15 minutes of one core
     python benchmarks/prove/units.py --trained        # measures what an earlier call trained in --work
 
-The data are those of benchmarks/prove/synthesis.py: strings of digits of one speaker of the Free Spoken Digit Dataset.
-Units are k-means clusters of MFCC. PocketSphinx, which accepts any string of digits, listens to
+The data are those of benchmarks/prove/synthesis.py: strings of digits of one speaker of the Free Spoken Digit Dataset,
+and as many of one or two digits, which are learned first since they are short. Units are k-means clusters of MFCC, 25
+a second, with one unit for silence. PocketSphinx, which accepts any string of digits, listens to
 
     recording                 strings of recordings that were not trained on
     units of the recording    their units made to audio
@@ -18,6 +19,7 @@ and .json; --beside names the results of benchmarks/prove/synthesis.py, of which
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import statistics
 import sys
@@ -32,7 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, quiet_auricle, real_speech, step_seconds  # noqa: E402
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech  # noqa: E402
 from benchmarks.prove.synthesis import DIGITS, TEST_TAKES, String, read_takes, strings, write_shards  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
@@ -46,7 +48,20 @@ from pretrain.inference.sampling import NoEndError, Sampling  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.recognition.error_rates import edits  # noqa: E402
 
-SMALL = ("objective=none", "~objective.n_codes", "data.batch_seconds=16", "data.micro_batches=1")
+SMALL = (
+    "encoder.dim=64",
+    "encoder.layers=1",
+    "encoder.heads=2",
+    "encoder.ffn_dim=128",
+    "heads.speak.prompt_drop=0.5",
+    "optimizer.lr=2e-3",
+    "objective=none",
+    "~objective.n_codes",
+    "data.batch_seconds=16",
+    "data.micro_batches=1",
+)
+SILENCE_DB = 35
+"""Below the loudest frame: silence of noise is one unit and not several by chance."""
 ONE_CORE = ("engine.name=torch", "data.workers=0", "launcher=local", "launcher.threads=1", "train.media_every=0")
 
 
@@ -54,10 +69,13 @@ def main() -> int:
     """Trains, listens and writes; returns the exit code."""
     parser = parser_of(__doc__, "units")
     parser.add_argument("--speaker", default="fsdd-jackson")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training in each direction (default: 5)")
-    parser.add_argument("--train", type=int, default=400, help="strings for training (default: 400)")
+    parser.add_argument("--updates", type=int, default=1_000, help="of text to units and audio (default: 1,000)")
+    parser.add_argument("--text-updates", type=int, default=800, help="of units to text (default: 800)")
+    parser.add_argument("--train", type=int, default=400, help="strings of 3 to 5 digits for training (default: 400)")
+    parser.add_argument("--short", type=int, default=400, help="shorter strings for training (default: 400)")
+    parser.add_argument("--rate", type=int, default=25, help="units per second (default: 25)")
     parser.add_argument("--test", type=int, default=60, help="strings to listen to (default: 60)")
-    parser.add_argument("--classes", type=int, default=50, help="different units (default: 50)")
+    parser.add_argument("--classes", type=int, default=100, help="different units (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.5, help="of the draws (default: 0.5)")
     parser.add_argument("--beside", type=Path, help="synthesis.json of benchmarks/prove/synthesis.py")
     parser.add_argument("--trained", action="store_true", help="measure the runs that an earlier call left in --work")
@@ -71,11 +89,11 @@ def main() -> int:
     runs = given.work / "runs"
     if not given.trained:
         shutil.rmtree(given.work, ignore_errors=True)
-        made = strings({digit: waves[:-TEST_TAKES] for digit, waves in takes.items()}, given.train, "train")
-        data = prepare(made, given.work, given.classes)
-        for direction in ("text_to_units", "units_to_text"):
-            pilot = train(data, runs, f"pilot_{direction}", direction, 6)
-            train(data, runs, direction, direction, max(20, int(60 * given.minutes / step_seconds(pilot, skip=2))))
+        heard = {digit: waves[:-TEST_TAKES] for digit, waves in takes.items()}
+        made = [*strings(heard, given.train, "train"), *strings(heard, given.short, "short", 1, 2)]
+        data = prepare(made, given.work, given.classes, given.rate)
+        for direction, steps in (("text_to_units", given.updates), ("units_to_text", given.text_updates)):
+            train(data, runs, direction, steps)
     label = open_labeller(str(given.work / "units"))
     found = open_speaker(str(runs / "text_to_units"))
     assert isinstance(found, UnitVoice)
@@ -84,7 +102,7 @@ def main() -> int:
     rates["speech to text, by the head in the other direction"], unread = read(runs, label, test, given.temperature)
     values = {
         "command": "python benchmarks/prove/units.py " + " ".join(sys.argv[1:]),
-        "speaker": given.speaker, "classes": given.classes, "temperature": given.temperature,
+        "speaker": given.speaker, "classes": given.classes, "rate_hz": given.rate, "temperature": given.temperature,
         "training": {name: trained(runs / name) for name in ("text_to_units", "units_to_text")},
         "digit_error": rates, "texts without an end": failures, "recordings without an end": unread,
         "real_time_factor": factor, "machine": model_name(),
@@ -96,32 +114,37 @@ def main() -> int:
     return 0
 
 
-def prepare(made: Sequence[String], work: Path, classes: int) -> list[str]:
+def prepare(made: Sequence[String], work: Path, classes: int, rate_hz: int) -> list[str]:
     """Writes shards, tokens and units; returns the settings of a run that name them."""
     shards, tokens = write_shards(made, work)
     units = work / "units"
-    quiet_auricle("targets", f"shards={shards}", f"out={units}", "features=mfcc", f"classes={classes}", f"runs={work}")
+    kind = ["features=mfcc", f"rate_hz={rate_hz}", f"silence_db={SILENCE_DB}", f"classes={classes}"]
+    quiet_auricle("targets", f"shards={shards}", f"out={units}", *kind, f"runs={work}")
     places = [f"data.shards={shards}", f"data.tokens.text={tokens}", f"data.targets.units={units}"]
-    return [*places, f"heads.speak.units={classes}"]
+    return [*places, f"heads.speak.units={classes}", f"heads.speak.label_rate_hz={rate_hz}"]
 
 
-def train(data: Sequence[str], runs: Path, name: str, direction: str, steps: int) -> Path:
-    """Trains `units_tiny` for so many updates, without a self-supervised loss; returns the run folder."""
+def train(data: Sequence[str], runs: Path, direction: str, steps: int) -> None:
+    """Trains `units_tiny` for so many updates, without a self-supervised loss, and notes the processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.checkpoint_every={steps}"]
     way = [f"heads.speak.direction={direction}"]
     if direction == "units_to_text":
         way.append("heads.speak.audio=null")
-    more = [*ONE_CORE, "train.log_every=1" if steps < 20 else "train.log_every=10", *SMALL]
-    quiet_auricle("pretrain", "+experiment=units_tiny", *data, *length, *way, *more, f"runs={runs}", f"name={name}")
-    return runs / name
+    more = [*ONE_CORE, "train.log_every=10", *SMALL, f"runs={runs}", f"name={direction}"]
+    quiet_auricle("pretrain", "+experiment=units_tiny", *data, *length, *way, *more)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    (runs / direction / "processor_seconds").write_text(f"{seconds:.0f}\n", encoding="ascii")
 
 
 def trained(run: Path) -> dict[str, float]:
-    """Returns the updates of a run, their time, and the last values of its metrics."""
+    """Returns the updates of a run, their processor time, and the means of the last 10 values of its metrics."""
     rows = read_rows(run / "metrics.jsonl")
-    seconds = statistics.median(row["perf/step_seconds"] for row in rows) * rows[-1]["step"]
-    last = {name.split("/")[-1]: value for name, value in rows[-1].items() if name.startswith("metric/speak/")}
-    return {"updates": rows[-1]["step"], "seconds": round(seconds), **last}
+    seconds = float((run / "processor_seconds").read_text(encoding="ascii"))
+    names = [name for name in rows[-1] if name.startswith("metric/speak/")]
+    last = {name.split("/")[-1]: statistics.fmean(row[name] for row in rows[-10:]) for name in names}
+    return {"updates": rows[-1]["step"], "processor_seconds": seconds, **last}
 
 
 def listen(
@@ -197,9 +220,9 @@ def report(out: Path, values: dict[str, Any]) -> None:
         "# Acoustic units: text to units to audio, and units to text",
         "",
         f"`{values['command'].strip()}`, one core ({values['machine']}); {values['speaker']}, {values['classes']} "
-        f"units, `units_tiny` without a self-supervised loss: {to_units['updates']} updates in "
-        f"{to_units['seconds'] / 60:.1f} minutes to units and audio, {to_text['updates']} in "
-        f"{to_text['seconds'] / 60:.1f} minutes to text. PocketSphinx listens, any string of digits. "
+        f"units at {values['rate_hz']} Hz, `units_tiny` without a self-supervised loss; to units and audio "
+        f"{to_units['updates']} updates in {to_units['processor_seconds'] / 60:.1f} minutes of processor time, to text "
+        f"{to_text['updates']} in {to_text['processor_seconds'] / 60:.1f}. PocketSphinx listens, any string of digits. "
         "Results for digits of one speaker at 8 kHz do not extend to dictation.",
         "",
         "| audio | digit error | 95 % over strings |",

@@ -107,6 +107,9 @@ class Images(NamedTuple):
     present_B: Tensor
 
 
+LINE = "line of {}"
+"""Name in `Batch.tokens` of the tokens of lines, given the name of these tokens in `data.tokens`."""
+
 IMAGE = "image"
 """Name in `Batch.images` of the images that shards hold."""
 
@@ -158,6 +161,15 @@ class Batch:
         """Returns the tokens of each sample, (B, N) int64, padded with -1; N is 0 for a whole batch without them."""
         found = self.tokens.get(name)
         return self.lengths_B.new_full((len(self.keys), 0), -1) if found is None else found
+
+    def line_rows(self, name: str) -> Tensor:
+        """Returns the tokens of a line of `data.lines` for each sample, as `token_rows` does; N is 0 without lines."""
+        return self.token_rows(LINE.format(name))
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether samples come with lines of `data.lines`."""
+        return any(LINE.format(name) in self.tokens for name in self.tokens)
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Returns some rows as a batch, without the padding that they do not need."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from data_pipeline.core.ray_tasks import RayClusterConfig
-from data_pipeline.core.schema import Places, about, config, one_or_several
+from data_pipeline.core.schema import Places, about, config, one_or_several, refuse
 
 
 @config
@@ -24,6 +24,17 @@ class TargetsConfig:
         ),
     ] = "mfcc"
     layer: Annotated[int, about("layer of the checkpoint; 0 is the first block's input")] = 6
+    rate_hz: Annotated[
+        Literal[100, 50, 25], about("labels per second of features=mfcc; below 100, of means of 2 or 4 frames")
+    ] = 100
+    silence_db: Annotated[
+        float,
+        about(
+            "features=mfcc: frames this far below a recording's loudest one are one label; 0: labelled like others",
+            ge=0,
+            le=120,
+        ),
+    ] = 0.0
     classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
     rounds: Annotated[int, about("maximum number of rounds of Lloyd's algorithm", ge=1)] = 30
     tolerance: Annotated[float, about("stop when a round lowers the inertia by a smaller share", ge=0)] = 1e-4
@@ -35,4 +46,7 @@ class TargetsConfig:
     ray: RayClusterConfig = dataclasses.field(default_factory=RayClusterConfig)
 
     def __post_init__(self) -> None:
+        if self.features != "mfcc" and (self.rate_hz != 100 or self.silence_db):
+            field = "rate_hz" if self.rate_hz != 100 else "silence_db"
+            refuse(field, getattr(self, field), f"applies to features=mfcc, not to {self.features}; leave it out")
         object.__setattr__(self, "shards", one_or_several(self.shards))  # a config made in Python may name one as text

@@ -24,7 +24,6 @@ from safetensors.numpy import save as save_tensors
 from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.integrity import write_checksums
-from data_pipeline.core.json_object import DamagedFileError, parse_object
 from data_pipeline.core.progress import Advance, Begin, silent
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
@@ -33,7 +32,7 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import Extractor, Matrix, kaldi_mfcc
-from data_pipeline.labels.store import LabelMetadata, file_name, write_labels
+from data_pipeline.labels.store import ADDED, LabelMetadata, file_name, require_same_settings, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
 KMEANS = "kmeans.safetensors"
@@ -96,7 +95,11 @@ def make_targets(
     with cluster(config.ray):
         settings = settings_of(config, records, weights)
         require_same_settings(store, settings)
-        centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store, begin)
+        centres, inertia = (
+            (_given(config, _cached(extractor).rate_hz), ())
+            if config.kmeans
+            else _fit(config, records, extractor, store, begin)
+        )
         content = save_tensors({"centres": centres}, metadata={"settings": json.dumps(settings, sort_keys=True)})
         if config.kmeans:
             content = _read_centres(config)
@@ -333,7 +336,9 @@ def _last_round(store: FileStore) -> tuple[Matrix | None, list[float]]:
     return kept["centres"], kept["inertia"].tolist()
 
 
-def _given(config: TargetsConfig) -> Matrix:
+def _given(config: TargetsConfig, rate_hz: int) -> Matrix:
+    if (other := LabelMetadata.read(config.kmeans).rate_hz) != rate_hz:
+        raise ConfigError(f"kmeans={config.kmeans}: its centres are of {other} Hz, not {rate_hz}; set rate_hz={other}")
     centres: Matrix = load_tensors(_read_centres(config))["centres"]
     return centres
 
@@ -351,32 +356,8 @@ def settings_of(config: TargetsConfig, records: list[DoneRecord], weights: str) 
     shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
     centres = hashlib.sha256(_read_centres(config)).hexdigest() if config.kmeans else ""
     given = {name: text for name, text in (("weights", weights), ("centres", centres)) if text}
-    return {**{name: getattr(config, name) for name in names}, "shards": shards, **given}
-
-
-def require_same_settings(store: FileStore, settings: dict[str, Any]) -> None:
-    """Records the settings of a label folder.
-
-    Raises:
-        ConfigError: it has labels of other ones.
-        DamagedFileError: their record is damaged.
-    """
-    text = json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n"
-    if store.create("targets.json", text):
-        return
-    try:
-        before = parse_object(store.read("targets.json"))
-    except ValueError as error:
-        raise DamagedFileError(
-            f"{store.root}/targets.json: cannot be read as JSON ({error}); remove it and give the command again"
-        ) from None
-    different = [
-        f"{key}={new!r} here, {before.get(key)!r} there" for key, new in settings.items() if new != before.get(key)
-    ]
-    if different:
-        raise ConfigError(
-            f"out={store.root}: holds labels of other settings ({'; '.join(different)}); choose another folder"
-        )
+    more = {name: getattr(config, name) for name in ADDED if getattr(config, name) != ADDED[name]}
+    return {**{name: getattr(config, name) for name in names}, "shards": shards, **more, **given}
 
 
 def artefact_of(store: FileStore, shard: str) -> str:

@@ -11,8 +11,8 @@ from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.storage import FileStore
 from data_pipeline.labels import pitch
 from data_pipeline.labels.config import TargetsConfig
-from data_pipeline.labels.kmeans import artefact_of, require_same_settings, settings_of, shard_waves
-from data_pipeline.labels.store import LabelMetadata, file_name, write_labels
+from data_pipeline.labels.kmeans import artefact_of, settings_of, shard_waves
+from data_pipeline.labels.store import LabelMetadata, file_name, require_same_settings, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records
 
 PITCH: Final = "pitch"

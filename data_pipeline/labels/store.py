@@ -22,10 +22,13 @@ from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.labels.features import MFCC_HZ
 from data_pipeline.shards.index_rows import INDEX_ERRORS
 from data_pipeline.shards.local import Array, ShardError, ShardIndex
 
 AGAIN: Final = "remove it and run `auricle targets` again"
+ADDED: Final = {"rate_hz": MFCC_HZ, "silence_db": 0.0}
+"""Settings that folders of earlier versions lack, with the values that they had; left out where they have them."""
 MOST_CLASSES: Final = 1 << 16
 """Largest number of classes; labels are stored in 16 bits."""
 
@@ -103,6 +106,30 @@ def write_labels(root: str, shard: str, labels: LabelMetadata, keys: Sequence[st
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     FileStore(root).replace(file_name(shard), buffer.getvalue())
+
+
+def require_same_settings(store: FileStore, settings: dict[str, Any]) -> None:
+    """Records the settings of a label folder.
+
+    Raises:
+        ConfigError: it has labels of other ones.
+        DamagedFileError: their record is damaged.
+    """
+    text = json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n"
+    if store.create("targets.json", text):
+        return
+    try:
+        before = parse_object(store.read("targets.json"))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{store.root}/targets.json: cannot be read as JSON ({error}); remove it and give the command again"
+        ) from None
+    pairs = {key: [found.get(key, ADDED.get(key)) for found in (settings, before)] for key in {**settings, **ADDED}}
+    different = [f"{key}={new!r} here, {old!r} there" for key, (new, old) in pairs.items() if new != old]
+    if different:
+        raise ConfigError(
+            f"out={store.root}: holds labels of other settings ({'; '.join(different)}); choose another folder"
+        )
 
 
 class LabelReader:

@@ -39,12 +39,13 @@ def open_labeller(folder: str) -> UnitLabeller:
     """
     store, metadata = FileStore(folder), LabelMetadata.read(folder)
     try:
-        features = parse_object(store.read("targets.json")).get("features")
+        settings = parse_object(store.read("targets.json"))
         content = store.read(KMEANS)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"{folder}: its centres cannot be read ({error}); give `auricle targets` again") from None
-    if features != "mfcc":
+    if (features := settings.get("features")) != "mfcc":
         raise ConfigError(f"{folder}: holds labels of features={features}; recordings are labelled by mfcc alone")
     if hashlib.sha256(content).hexdigest() != metadata.artefact:
         raise ConfigError(f"{folder}: {KMEANS} is not that of its labels; give `auricle targets` again")
-    return UnitLabeller(kaldi_mfcc(), load_tensors(content)["centres"])
+    extractor = kaldi_mfcc(metadata.rate_hz, float(settings.get("silence_db") or 0.0))
+    return UnitLabeller(extractor, load_tensors(content)["centres"])

@@ -204,7 +204,7 @@ class Fetcher:
             labels=labels,
             origin={name: index.text(name, wanted.row) if name in columns else "" for name in ORIGIN},
             targets=targets,
-            tokens=self.texts.encode(labels),
+            tokens=self.texts.encode(labels) | self.texts.draw_line(wanted.key_of_draw(found.key, "line")),
             image=image,
         )
 

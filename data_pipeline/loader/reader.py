@@ -78,7 +78,7 @@ class PlanReader:
         self._files = open_files(config, records)
         self.remote = self._files.shards.remote
         self._report(self._files.check())
-        texts = SegmentTexts(config)
+        texts = SegmentTexts(config, log.warning)
         search = SegmentsWithText(config, texts.sources) if config.text_share else None
         catalogue = load_catalogue(self._files, config.cache, config.on_bad_shard == "skip", search)
         check_labels(self._files, config.labels)

@@ -111,6 +111,7 @@ class StreamReader:
             ("mix_alpha", config.mix_alpha == 1),
             ("images.size", not config.images.size),
             ("sources", not config.sources),
+            ("lines", not config.lines),
         ):
             if not wanted:
                 raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,12 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.core.types import LINE, SAMPLE_RATE
 from data_pipeline.preprocess.unit_worker import TIMED_LABELS
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
+from data_pipeline.text.lines import read_lines
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT: Final = "text"
@@ -39,11 +40,13 @@ class SegmentTexts:
     Args:
         config: the run's `data`.
 
+        say: receives a line about the lines of `data.lines` that are left out.
+
     Raises:
-        ConfigError: a folder of `data.tokens` has no usable tokens.json.
+        ConfigError: a folder of `data.tokens` has no usable tokens.json, or `data.lines` no usable line.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, say: Callable[[str], None] = lambda _: None) -> None:
         self.tokenizers: dict[str, Tokenizer] = {name: load_tokenizer(root) for name, root in config.tokens.items()}
         sources = [tokenizer.label for tokenizer in self.tokenizers.values()]
         self.labels = tuple(dict.fromkeys([*config.labels, *sources]))
@@ -52,6 +55,7 @@ class SegmentTexts:
         """Labels that heads read texts from."""
         self._of_whole_segments = {TEXT, *TIMED_LABELS, *sources}
         self._share = config.labelled_share
+        self.lines = read_lines(config.lines, self.tokenizers, say) if config.lines else None
 
     def of_crop(self, labels: Mapping[str, str], key: str, whole: bool) -> dict[str, str]:
         """Returns the labels that hold for the audio that is read; texts and times may become "".
@@ -72,11 +76,18 @@ class SegmentTexts:
             for name, tokenizer in self.tokenizers.items()
         }
 
+    def draw_line(self, key_of_draw: Sequence[int | str]) -> dict[str, npt.NDArray[Any]]:
+        """Returns the tokens of a line for one segment, by their names in `Batch.tokens`; none without `data.lines`."""
+        if self.lines is None:
+            return {}
+        return {LINE.format(name): ids for name, ids in self.lines.draw(keyed_rng(*key_of_draw)).items()}
+
     def extend_hash(self, plan_hash: str) -> str:
-        """Returns a hash of the plan that covers the tokens, since a run must not continue with others."""
+        """Returns a hash of the plan that covers tokens and lines, since a run must not continue with others."""
         if not self.tokenizers:
             return plan_hash
         hashes = sorted((name, tokenizer.sha256) for name, tokenizer in self.tokenizers.items())
+        hashes += [("lines", self.lines.sha256)] if self.lines else []
         return hashlib.sha256(f"{plan_hash} tokens {hashes}".encode()).hexdigest()[:16]
 
 

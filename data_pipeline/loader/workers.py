@@ -20,7 +20,7 @@ from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.retries import StorageError
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.types import IMAGE, Batch, Images
+from data_pipeline.core.types import IMAGE, LINE, Batch, Images
 from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import ORIGIN, Fetched, Fetcher, SegmentRead
@@ -110,6 +110,7 @@ class MicroBatches:
         self.files, self.config, self.buffers = files, config, buffers
         self.augmenter = Augmenter(config.augment, config.sources)
         self.fetcher = Fetcher(files, config, self.augmenter)
+        self._tokens = [*config.tokens, *(LINE.format(name) for name in config.tokens if config.lines)]
         self._turn = -1
 
     def assemble(self, wanted: list[SegmentRead], micro_batch: int) -> Loaded:
@@ -143,7 +144,7 @@ class MicroBatches:
             wave=None if place else audio,
             labels=self._labels(kept),
             targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
-            tokens={name: pad([got.tokens[name] for got in kept]) for name in self.config.tokens},
+            tokens={name: pad([got.tokens[name] for got in kept]) for name in self._tokens},
             images=images,
             skipped=tuple(skipped),
             bad_images=tuple(bad_images),

@@ -152,6 +152,14 @@ class DataConfig:
         dict[str, str],
         about("folders of tokens.json, by the name that heads use; a cropped segment has no tokens", resume="data"),
     ] = dataclasses.field(default_factory=dict)
+    lines: Annotated[
+        str,
+        about(
+            "text file with a sentence a line, for heads that learn from text without audio: every segment of a batch "
+            "comes with a line drawn at random; empty: none",
+            resume="data",
+        ),
+    ] = ""
     images: Annotated[ImagesConfig, about("images of segments; a cropped segment has none")] = dataclasses.field(
         default_factory=ImagesConfig
     )
@@ -228,6 +236,8 @@ class DataConfig:
         if self.tokens and self.crop_to_shortest:
             remedy = "leaves hardly a segment with its text, and heads need it (data.tokens); set it to false"
             refuse("crop_to_shortest", self.crop_to_shortest, remedy)
+        if self.lines and not self.tokens:
+            refuse("lines", self.lines, "needs tokens, by which lines are read; set data.tokens.text=FOLDER")
         if self.text_share:
             self._check_text_share()
         if self.episodes.label:

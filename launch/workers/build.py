@@ -78,6 +78,11 @@ def require_fitting_labels(config: Config) -> None:
             _require_images(config, name, side, channels)
         for frames in head.frame_labels:
             _require_frame_labels(config, f"heads.{name}", frames)
+    if config.data.lines and not any(head.lines_of for head in config.heads.values()):
+        raise ConfigError(
+            f"data.lines={config.data.lines}: no head learns from lines; leave it out, or train one with "
+            "heads.NAME.name=units and direction=text_to_units"
+        )
     if config.objective.frame_labels is not None:
         _require_frame_labels(config, "objective", config.objective.frame_labels)
         if config.data.valid:

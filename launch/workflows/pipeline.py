@@ -26,7 +26,7 @@ from launch.runs import metadata
 from launch.runs.job_record import read_record
 from launch.workers import task
 from launch.workflows import inputs, iterations, pretraining, submit
-from launch.workflows.iterations import LABELS, MFCC_HZ
+from launch.workflows.iterations import LABELS
 from launch.workflows.submit import DRY_RUN
 from pretrain.checkpointing.locate import remedy, steps_done
 
@@ -173,7 +173,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     elif wants_labels:
         made = request.config_of("targets", TargetsJob, targets.arguments)
         wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={made.out}", f"objective.units={made.classes}"]
-        wiring += [f"objective.label_rate_hz={MFCC_HZ}"] if made.features == "mfcc" else []
+        wiring += [f"objective.label_rate_hz={made.rate_hz}"] if made.features == "mfcc" else []
         if split.valid and not run_config.data.valid:
             held_out = root / "labels-valid"
             centres = [f"kmeans={made.out}"] if made.features != PITCH else []

@@ -80,6 +80,11 @@ class Config(HeadConfig):
         return {self.tokens: self.vocabulary}
 
     @property
+    def lines_of(self) -> str:
+        """The token set of the text, where text is read: BERT's loss needs no audio."""
+        return self.tokens if self.speaks and self.masked_weight else ""
+
+    @property
     def frame_labels(self) -> tuple[FrameLabels, ...]:
         """The units."""
         return tuple(
@@ -123,7 +128,8 @@ class Units(Head):
     level, squared errors of ln(1 + frames) of units and of ln(1 + written ids), BERT's loss of the tower, and, with
     `audio`, L1 of mel frames and the spectral distance of audio, both from units. Equal neighbours among units are
     one. A prompt is cut from another segment of the micro-batch, never from the one to speak, which could be copied. A
-    row without text or units, or with too many of either, does not count.
+    row without text or units, or with too many of either, does not count. Where text is read and `data.lines` is set,
+    the loss of each row that counts has BERT's loss of a line as well, which is another text than the row's.
     """
 
     couples = frozenset({"batch"})
@@ -174,7 +180,9 @@ class Units(Head):
         prompt = self._prompt(encoded, batch, plan, rngs)
         given = self.read(found.read_BN, found.read_B, prompt, ctx)
         scores, counted_BN = self._decoded(given, found)
-        losses = {"tokens": scores.loss_B, "masked": self.config.masked_weight * self._masked(found, rngs, ctx)}
+        masked_B = self._masked(found.read_BN, found.read_B, rngs, ctx)
+        losses = {"tokens": scores.loss_B, "masked": self.config.masked_weight * masked_B}
+        losses |= self._of_lines(batch, ctx)
         with full_precision(device):
             losses["length"] = (given.log_length_B - found.written_B.to(device).float().log1p()).square()
             losses |= self._of_units(given, found)
@@ -298,11 +306,22 @@ class Units(Head):
         logits_BNV = self.decoder(read_BN, given.memories)
         return _scores(logits_BNV, targets_BN, counted_BN, self.config.label_smoothing), counted_BN
 
-    def _masked(self, found: Sources, rngs: list[np.random.Generator], ctx: StepContext) -> Tensor:
+    def _of_lines(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Returns BERT's loss of a line of `data.lines` for each row, (B,); a line that is too long has none."""
+        if not self.config.lines_of or not batch.has_lines:  # alike on all ranks, each of which must run the tower
+            return {}
+        lines_BN = F.pad(batch.line_rows(self.config.lines_of), (0, 1), value=-1)
+        lengths_B = (lines_BN >= 0).sum(1)
+        lengths_B = lengths_B * (lengths_B <= self.config.max_read)
+        ids_BN = lines_BN[:, : max(int(lengths_B.max()), 1)].to(batch.wave_BT.device)
+        rngs = [keyed_rng(ctx.seed, ctx.step, key, "line") for key in batch.keys]
+        return {"lines": self.config.masked_weight * self._masked(ids_BN, lengths_B, rngs, ctx)}
+
+    def _masked(self, read_BN: Tensor, read_B: Tensor, rngs: list[np.random.Generator], ctx: StepContext) -> Tensor:
         """Returns BERT's loss of each row, (B,), the mean over its drawn ids; one at least is drawn."""
-        size = found.read_BN.shape
+        size = read_BN.shape
         drawn, hidden, other = np.zeros(size, bool), np.zeros(size, bool), np.full(size, -1)
-        for row, (rng, length) in enumerate(zip(rngs, found.read_B.tolist(), strict=True)):
+        for row, (rng, length) in enumerate(zip(rngs, read_B.tolist(), strict=True)):
             if not length:
                 continue
             drawn[row, :length] = rng.random(length) < SHARE_MASKED
@@ -310,12 +329,12 @@ class Units(Head):
             kind = rng.random(length)
             hidden[row, :length] = kind < 0.8
             other[row, :length] = np.where(kind < 0.9, rng.integers(self.reads, size=length), -1)
-        device = found.read_BN.device
+        device = read_BN.device
         drawn_BN, hidden_BN, other_BN = (torch.from_numpy(part).to(device) for part in (drawn, hidden, other))
-        shown_BN = torch.where(drawn_BN & (other_BN >= 0), other_BN, found.read_BN)
+        shown_BN = torch.where(drawn_BN & (other_BN >= 0), other_BN, read_BN)
         shown_BN = shown_BN.masked_fill(drawn_BN & hidden_BN, self.reads)
-        _, logits_BNV = self.tower(shown_BN.clamp(min=0), found.read_B, ctx)
-        return _scores(logits_BNV, found.read_BN, drawn_BN, 0.0).loss_B
+        _, logits_BNV = self.tower(shown_BN.clamp(min=0), read_B, ctx)
+        return _scores(logits_BNV, read_BN, drawn_BN, 0.0).loss_B
 
     def _of_units(self, given: Written, found: Sources) -> dict[str, Tensor]:
         """Returns the losses of durations and of further levels, (B,) each."""

@@ -164,6 +164,11 @@ class HeadConfig(PluginConfig):
         return {}
 
     @property
+    def lines_of(self) -> str:
+        """Name in `data.tokens` of the tokens by which the head reads `data.lines`; empty: it reads no lines."""
+        return ""
+
+    @property
     def image_shapes(self) -> tuple[tuple[int, int], ...]:
         """Sides in pixels and channels of the images that the head reads, `data.images`; empty: it reads none."""
         return ()

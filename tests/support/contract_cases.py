@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import load
-from data_pipeline.core.types import IMAGE, WAY, Batch, Images
+from data_pipeline.core.types import IMAGE, LINE, WAY, Batch, Images
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.train_module import TrainModule, build_model
@@ -211,10 +211,16 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
         batch,
         targets={f"level_{level}": units(texts, level) for level in range(3)},
         labels=labels,
-        tokens={"text": ids_BN},
+        tokens={"text": ids_BN, LINE.format("text"): lines(len(texts))},
         images={IMAGE: pictures(texts)},
         sources_BST=torch.stack(parts, dim=1),
     )
+
+
+def lines(rows: int) -> torch.Tensor:
+    """Returns tokens of a line of text for each row, (rows, 9) int64, padded with -1."""
+    ids_RN = torch.arange(9)[None] + torch.arange(rows)[:, None] + 1
+    return ids_RN.masked_fill(torch.arange(9)[None] >= 9 - torch.arange(rows)[:, None], -1)
 
 
 def units(texts: tuple[str, ...], level: int) -> torch.Tensor:

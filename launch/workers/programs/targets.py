@@ -28,7 +28,9 @@ def work(config: TargetsConfig) -> None:
             pitch = make_pitch_targets(config, begin)
         show_rows(pitch.rows())
         return
-    extractor = kaldi_mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
+    extractor = functools.partial(layer_of, config.features, config.layer)
+    if config.features == "mfcc":
+        extractor = functools.partial(kaldi_mfcc, config.rate_hz, config.silence_db)
     with stages() as begin:
         summary = make_targets(config, extractor, weights_of(config), begin)
     show_rows(summary.rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from data_pipeline.labels import kmeans
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import kaldi_mfcc
 from data_pipeline.labels.store import LabelMetadata
+from data_pipeline.labels.unit_labels import open_labeller
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.interop.fingerprint import checkpoint_fingerprint
 from tests.support.corpora import preprocess_here
@@ -142,3 +144,18 @@ def test_every_file_of_sharded_weights_is_fingerprinted(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match="a pickle is never opened"):
         checkpoint_fingerprint(str(tmp_path))
+
+
+def test_single_recordings_get_the_labels_of_the_shards_at_a_lower_rate(shards: Path, tmp_path: Path) -> None:
+    config = settings(shards, tmp_path / "labels", rounds=2, rate_hz=25, silence_db=20.0)
+    extractor = functools.partial(kaldi_mfcc, config.rate_hz, config.silence_db)
+    summary = kmeans.make_targets(config, extractor)
+    assert summary.rate_hz == LabelMetadata.read(config.out).rate_hz == 25
+    label, stored = open_labeller(config.out), labels_of(tmp_path / "labels")
+    for record in done_records(str(shards)):
+        for key, wave in kmeans.shard_waves(record):
+            assert label(wave).tolist() == stored[key]
+    with pytest.raises(ConfigError, match=r"silence_db=0\.0 here, 20.0 there"):
+        kmeans.make_targets(settings(shards, tmp_path / "labels", rounds=2, rate_hz=25), extractor)
+    with pytest.raises(ConfigError, match=r"centres are of 25 Hz, not 100; set rate_hz=25"):
+        kmeans.make_targets(settings(shards, tmp_path / "other", kmeans=config.out))

@@ -15,8 +15,7 @@ import pytest
 from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
-from data_pipeline.labels.kmeans import require_same_settings
-from data_pipeline.labels.store import LabelMetadata, LabelReader, file_name, write_labels
+from data_pipeline.labels.store import LabelMetadata, LabelReader, file_name, require_same_settings, write_labels
 from data_pipeline.shards.local import ShardError, ShardFiles, ShardSet
 from data_pipeline.shards.records import done_records
 from tests.support.tiny_shards import sounds, write_shards

@@ -19,7 +19,7 @@ from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.text.tokenizer import load_tokenizer
 from launch.main import main
-from launch.workers.build import require_symbols_of_texts
+from launch.workers.build import require_fitting_labels, require_symbols_of_texts
 from pretrain.config import Config
 from tests.support.tiny_shards import sounds, write_shards
 
@@ -184,3 +184,43 @@ def test_an_index_without_texts_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"data\.text_share: the index of the shards does not show .* a text; index them"
     ):
         open_reader(config(tmp_path, tokens={}, text_share=0.5), 0, 0, 1)
+
+
+def test_every_segment_comes_with_a_line_that_depends_on_its_key_alone(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n1\n")
+    tokenizer = load_tokenizer(f"{corpus}/tokens")
+    drawn: dict[int, dict[str, str]] = {}
+    for size in (4, 8):
+        data = config(corpus, lines=str(tmp_path / "lines.txt"), micro_batches=size, batch_seconds=2.0 * size)
+        found = batches(data, steps=6)
+        drawn[size] = {
+            key: tokenizer.decode([number for number in ids_N.tolist() if number >= 0])
+            for batch in found
+            for key, ids_N in zip(batch.keys, batch.line_rows("text"), strict=True)
+        }
+    assert set(drawn[4].values()) == {"one", "two", "three"}
+    both = set(drawn[4]) & set(drawn[8])
+    assert len(both) > 10
+    assert {key: drawn[4][key] for key in both} == {key: drawn[8][key] for key in both}
+    assert not batches(config(corpus), steps=1)[0].has_lines
+
+
+def test_lines_belong_to_the_plan(corpus: Path, tmp_path: Path) -> None:
+    hashes = []
+    for text in ("one\n", "two\n"):
+        (tmp_path / "lines.txt").write_text(text)
+        reader = open_reader(config(corpus, lines=str(tmp_path / "lines.txt")), 0, 0, 1)
+        hashes.append(reader.plan_hash)
+        reader.close()
+    assert len(set(hashes)) == 2
+
+
+def test_lines_that_nothing_could_learn_from_are_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("one\n")
+    with pytest.raises(ConfigError, match="needs tokens, by which lines are read"):
+        config(corpus, lines="lines.txt", tokens={})
+    with pytest.raises(ConfigError, match=r"data\.lines needs an index"):
+        StreamReader(config(corpus, lines=str(tmp_path / "lines.txt"), reader="webdataset"), 0, 0, 1)
+    given = {"shards": f"{corpus}/shards", "tokens": {"text": f"{corpus}/tokens"}, "lines": "lines.txt"}
+    with pytest.raises(ConfigError, match="no head learns from lines"):
+        require_fitting_labels(load(Config, {"data": given}))

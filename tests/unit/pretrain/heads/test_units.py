@@ -137,3 +137,33 @@ def test_equal_seeds_write_equal_units() -> None:
     found = [write(made, text_ids(data, 0), encoded(1), Sampling(seed=seed)) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
     assert len(TEXTS[0]) == len(text_ids(data, 0))
+
+
+def test_lines_train_the_tower_alone_beside_the_rows_that_count() -> None:
+    data = labelled(batch())
+    without = dataclasses.replace(data, tokens={"text": data.tokens["text"]})
+    ctx = StepContext(seed=0, step=0)
+    made = head(masked_weight=0.5, prompt_drop=0.5).eval()
+    plain = made(encoded(), without, plan(data, [True, False]), ctx)
+    more = made(encoded(), data, plan(data, [True, False]), ctx)
+    assert "lines" not in plain.metrics
+    assert plain.count == more.count
+    lines = more.metrics["lines"][0]
+    assert float((more.total - plain.total).detach()) == pytest.approx(float(lines.detach()), rel=1e-5)
+    lines.backward()
+    changed = {name.split(".")[0] for name, weight in made.named_parameters() if weight.grad is not None}
+    assert changed == {"tower"}
+    again = made(encoded(), data, plan(data, [True, False]), dataclasses.replace(ctx, step=1))
+    assert float(again.metrics["lines"][0]) != float(lines.detach())
+    too_long = head(masked_weight=0.5, max_read=8).eval()(encoded(), data, plan(data, [True, False]), ctx)
+    assert float(too_long.metrics["lines"][0]) == 0.0
+    assert "lines" not in head(direction="units_to_text")(encoded(), data, plan(data, [True, True]), ctx).metrics
+
+
+def test_lines_are_modelled_after_training() -> None:
+    data = labelled(batch())
+    made = head(masked_weight=1.0)
+    before = float(made(encoded(), data, plan(data, [True, True]), StepContext(seed=0, step=500)).metrics["lines"][0])
+    trained(made, data)
+    after = float(made(encoded(), data, plan(data, [True, True]), StepContext(seed=0, step=500)).metrics["lines"][0])
+    assert after < 0.75 * before
