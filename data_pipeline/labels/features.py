@@ -71,6 +71,6 @@ def _means(features: Matrix, size: int) -> Matrix:
     if size == 1:
         return features
     first = np.arange(0, len(features), size)
-    counts = np.minimum(size, len(features) - first).astype(np.float32)
-    made: Matrix = np.add.reduceat(features, first, axis=0) / counts[:, None]
+    counts = np.minimum(size, len(features) - first)
+    made: Matrix = (np.add.reduceat(features, first, axis=0) / counts[:, None]).astype(np.float32)
     return made

@@ -10,8 +10,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore, StorageReadError
+from data_pipeline.core.storage import FileStore
 from data_pipeline.core.text import visible
 from data_pipeline.text.tokenizer import Tokenizer
 
@@ -91,8 +92,8 @@ def read_lines(
         kind: np.concatenate([[0], np.cumsum([len(ids) for ids in lines])]).astype(np.int64)
         for kind, lines in parts.items()
     }
-    ids = {kind: np.concatenate([np.array(ids, np.int64) for ids in lines]) for kind, lines in parts.items()}
-    return TextLines(ids, ends, rejects, hashlib.sha256(content).hexdigest())
+    flat = {kind: np.concatenate([np.array(ids, np.int64) for ids in lines]) for kind, lines in parts.items()}
+    return TextLines(flat, ends, rejects, hashlib.sha256(content).hexdigest())
 
 
 def _encoded(line: bytes, tokenizers: Mapping[str, Tokenizer]) -> dict[str, list[int]] | str:
