@@ -154,9 +154,9 @@ def test_lines_train_the_tower_alone_beside_the_rows_that_count() -> None:
     changed = {name.split(".")[0] for name, weight in made.named_parameters() if weight.grad is not None}
     assert changed == {"tower"}
     again = made(encoded(), data, plan(data, [True, False]), dataclasses.replace(ctx, step=1))
-    assert float(again.metrics["lines"][0]) != float(lines.detach())
+    assert float(again.metrics["lines"][0].detach()) != float(lines.detach())
     too_long = head(masked_weight=0.5, max_read=8).eval()(encoded(), data, plan(data, [True, False]), ctx)
-    assert float(too_long.metrics["lines"][0]) == 0.0
+    assert float(too_long.metrics["lines"][0].detach()) == 0.0
     assert "lines" not in head(direction="units_to_text")(encoded(), data, plan(data, [True, True]), ctx).metrics
 
 
