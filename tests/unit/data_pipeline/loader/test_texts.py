@@ -221,6 +221,10 @@ def test_lines_that_nothing_could_learn_from_are_refused(corpus: Path, tmp_path:
         config(corpus, lines="lines.txt", tokens={})
     with pytest.raises(ConfigError, match=r"data\.lines needs an index"):
         StreamReader(config(corpus, lines=str(tmp_path / "lines.txt"), reader="webdataset"), 0, 0, 1)
+    parts = {
+        part: {"name": name}
+        for part, name in (("frontend", "log_mel"), ("encoder", "transformer"), ("objective", "best_rq"))
+    }
     given = {"shards": f"{corpus}/shards", "tokens": {"text": f"{corpus}/tokens"}, "lines": "lines.txt"}
     with pytest.raises(ConfigError, match="no head learns from lines"):
-        require_fitting_labels(load(Config, {"data": given}))
+        require_fitting_labels(load(Config, {"data": given, **parts}))
