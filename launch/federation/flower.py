@@ -23,8 +23,6 @@ ENVIRONMENT = "AURICLE_FLOWER"
 """Variable that names the folder of an environment with Flower, where this one has none."""
 VERSION = "1.42.0"
 HINT = f"python -m venv FOLDER && FOLDER/bin/pip install flwr=={VERSION} && export {ENVIRONMENT}=FOLDER"
-HELLO_SECONDS = 120.0
-"""Time in which a new device builds the run's model."""
 
 
 def find_flower() -> str:
@@ -123,20 +121,20 @@ class FlowerDevices:
         say: Callable[[str], None] = print,
     ) -> None:
         host, port = split_address(address)
-        self._hello, self._say = {"hello": True}, say
+        self._say = say
         self._config = json.dumps(config).encode()
         self._relay = Relay(["server", "--host", host, "--port", str(port)], folder)
         self._names: dict[str, str] = {}
-        """Node -> name; "" for one that cannot take part."""
+        """Node -> name."""
 
     def present(self) -> Sequence[str]:
-        """Returns the names of the devices that are connected now, and introduces the run to new ones."""
-        self._relay.send({"do": "nodes"})
-        nodes = self._relay.receive()[0]["nodes"]
+        """Returns the names of the devices that are connected now; new ones are introduced to the run meanwhile."""
+        self._relay.send({"do": "nodes", "head": {"hello": True}}, self._config)
+        while "nodes" not in (frame := self._relay.receive())[0]:
+            self._meet(*_answer(*frame)[:2])
+        nodes = frame[0]["nodes"]
         self._names = {node: name for node, name in self._names.items() if node in nodes}
-        if unknown := [node for node in nodes if node not in self._names]:
-            self._introduce(unknown)
-        return sorted({name for name in self._names.values() if name})
+        return sorted(set(self._names.values()))
 
     def ask(self, names: Sequence[str], request: bytes, seconds: float) -> Iterator[Reply]:
         """Sends a request to devices; yields what arrives within `seconds`."""
@@ -156,32 +154,30 @@ class FlowerDevices:
         """Ends the SuperLink."""
         self._relay.close()
 
-    def _introduce(self, nodes: list[str]) -> None:
-        for node, head, _ in self._exchange(nodes, self._hello, self._config, HELLO_SECONDS):
-            name, error = head.get("name"), head.get("error")
-            if error or not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
-                self._say(f"device of node {node} cannot take part: {str(error or 'it gives no name')[:300]}")
-                self._names[node] = ""
-                continue
-            for older in [other for other, taken in self._names.items() if taken == name]:
-                del self._names[older]
-            self._names[node] = name
-            self._say(f"device {name} is connected")
+    def _meet(self, node: str, head: dict[str, Any]) -> None:
+        """Takes the answer of a new node."""
+        name, error = head.get("name"), head.get("error")
+        if error or not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+            self._say(f"device of node {node} cannot take part: {str(error or 'it gives no name')[:300]}")
+            return
+        for older in [other for other, taken in self._names.items() if taken == name]:
+            del self._names[older]
+        self._names[node] = name
+        self._say(f"device {name} is connected")
 
     def _exchange(
         self, nodes: list[str], head: dict[str, Any], body: bytes, seconds: float
     ) -> Iterator[tuple[str, dict[str, Any], bytes]]:
         self._relay.send({"do": "ask", "nodes": nodes, "seconds": seconds, "head": head}, body)
-        while True:
-            found, data = self._relay.receive()
-            if found.get("end"):
-                return
-            known = found.get("head", {})
-            answer = {
-                **(known if isinstance(known, dict) else {}),
-                **({"error": found["error"]} if "error" in found else {}),
-            }
-            yield str(found["node"]), answer, data
+        while not (frame := self._relay.receive())[0].get("end"):
+            yield _answer(*frame)
+
+
+def _answer(found: dict[str, Any], data: bytes) -> tuple[str, dict[str, Any], bytes]:
+    """Returns node, head (with `error` where it failed) and body of a reply."""
+    known = found.get("head", {})
+    error = {"error": found["error"]} if "error" in found else {}
+    return str(found["node"]), {**(known if isinstance(known, dict) else {}), **error}, data
 
 
 class DeviceRelay:

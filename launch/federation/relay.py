@@ -30,6 +30,10 @@ MAX_BYTES = 2**34
 """Largest frame that is read."""
 POLL_SECONDS = 0.2
 READY_SECONDS = 60.0
+GREETING_SECONDS = 600.0
+"""Time in which a new device builds the run's model."""
+OWN_ERROR = "0: "
+"""Begin of errors that a device reports; Flower's own have other numbers."""
 PR_SET_PDEATHSIG = 1
 APP = b"""[build-system]
 requires = ["hatchling"]
@@ -144,7 +148,6 @@ class Runtime:
 
 def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:
     """Starts a SuperLink and carries messages between the engine and the nodes."""
-    from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.cli.build import build_fab_from_files
     from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto
     from flwr.proto.control_pb2 import StartRunRequest
@@ -186,39 +189,80 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
     grid.set_run(run)
     write_frame(answers, {"ready": address})
 
+    mail = Mail(grid)
     while (frame := read_frame(commands)) is not None:
         head, body = frame
         if process.poll() is not None:
             raise RuntimeError(f"the SuperLink ended with {process.returncode}; see {folder / 'superlink.log'}")
         if head["do"] == "nodes":
-            write_frame(answers, {"nodes": [str(number) for number in grid.get_node_ids()]})
+            nodes = [str(number) for number in grid.get_node_ids()]
+            for answer, data in mail.greet(nodes, head["head"], body):
+                write_frame(answers, answer, data)
+            write_frame(answers, {"nodes": nodes})
             continue
         if head["do"] == "sum":
             asked = head["nodes"], head["head"], body, head["seconds"], head["least"]
             included, mean = secure_sum.mean_of(grid, context_from_proto(given.context), *asked)
             write_frame(answers, {"nodes": included}, mean)
             continue
-        content_record = RecordDict({"request": ConfigRecord({"head": json.dumps(head["head"]), "body": body})})
-        messages = [
-            Message(content_record, dst_node_id=int(node), message_type="train", ttl=head["seconds"] + 60.0)
-            for node in head["nodes"]
-        ]
-        sent = dict(zip(grid.push_messages(messages), head["nodes"], strict=True))
-        sent.pop(None, None)
+        sent = mail.send(head["nodes"], head["head"], body, head["seconds"])
         deadline = time.monotonic() + head["seconds"]
         while sent and time.monotonic() < deadline:
-            for reply in grid.pull_messages(list(sent)):
-                node = sent.pop(reply.metadata.reply_to_message_id, "")
-                if reply.has_error():
-                    write_frame(answers, {"node": node, "error": f"{reply.error.code}: {reply.error.reason}"})
-                    continue
-                record = reply.content.config_records.get("answer", {})
-                text = record.get("head", "{}")
-                data = record.get("body", b"")
-                known = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else {}
-                write_frame(answers, {"node": node, "head": known}, data if isinstance(data, bytes) else b"")
+            for answer, data in mail.replies(sent):
+                write_frame(answers, answer, data)
             time.sleep(POLL_SECONDS)
         write_frame(answers, {"end": True})
+
+
+class Mail:
+    """Requests to nodes and their replies, as frames.
+
+    Args:
+        grid: of Flower.
+    """
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+        self._greeted: set[str] = set()
+        self._greetings: dict[str, str] = {}
+
+    def send(self, nodes: list[str], head: dict[str, Any], body: bytes, seconds: float) -> dict[str, str]:
+        """Sends a request to nodes, which have `seconds` to answer it; returns number of the message -> node."""
+        from flwr.app import ConfigRecord, Message, RecordDict
+
+        record = RecordDict({"request": ConfigRecord({"head": json.dumps(head), "body": body})})
+        messages = [Message(record, dst_node_id=int(node), message_type="train", ttl=seconds + 60.0) for node in nodes]
+        sent = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+        sent.pop(None, None)
+        return sent
+
+    def replies(self, sent: dict[str, str]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yields the frames of new replies, and removes them from `sent`."""
+        for reply in self._grid.pull_messages(list(sent)):
+            node = sent.pop(reply.metadata.reply_to_message_id, "")
+            if reply.has_error():
+                yield {"node": node, "error": f"{reply.error.code}: {reply.error.reason}"}, b""
+                continue
+            record = reply.content.config_records.get("answer", {})
+            text, data = record.get("head", "{}"), record.get("body", b"")
+            known = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else {}
+            yield {"node": node, "head": known}, data if isinstance(data, bytes) else b""
+
+    def greet(self, nodes: list[str], head: dict[str, Any], body: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Sends a greeting to new nodes, and yields the answers that came meanwhile; never waits for one.
+
+        A node that is lost before it answers, or too slow, is greeted again while it is connected.
+        """
+        self._greeted &= set(nodes)
+        if new := [node for node in nodes if node not in self._greeted]:
+            self._greetings |= self.send(new, head, body, GREETING_SECONDS)
+            self._greeted |= set(new)
+        if self._greetings:
+            for frame, data in self.replies(self._greetings):
+                if frame.get("error", OWN_ERROR).startswith(OWN_ERROR):
+                    yield frame, data
+                else:
+                    self._greeted.discard(frame["node"])
 
 
 def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:

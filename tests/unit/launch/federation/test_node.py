@@ -97,6 +97,35 @@ def test_a_round_trip_of_a_megabyte_takes_less_than_two_seconds_and_an_error_has
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_a_device_that_comes_late_delays_nobody_and_takes_part_when_it_is_ready(site: Site) -> None:
+    late = DeviceRelay(site.address, 0.2)
+    try:
+        site.wait(["ann"])
+        requests = late.requests()
+        greetings: list[tuple[dict[str, object], bytes]] = []
+        thread = threading.Thread(target=lambda: greetings.append(next(requests)), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            assert site.server.present() == ["ann"]
+            thread.join(0.1)
+        start = time.monotonic()
+        assert site.server.present() == ["ann"]  # the late one builds its model
+        (reply,) = site.server.ask(["ann"], b"round", 10.0)
+        assert reply.message == b"round"
+        assert time.monotonic() - start < 5.0
+        assert greetings == [({"hello": True}, b"{}")]
+        late.answer({"name": "eve"})
+        site.wait(["ann", "eve"])
+        assert [reply.device for reply in site.server.ask(["ann", "eve"], b"round", 2.0)] == ["ann"]
+        assert next(requests)[1] == b"round"
+        late.answer({}, b"too late")
+        assert [reply.message for reply in site.server.ask(["ann"], b"next", 10.0)] == [b"next"]
+    finally:
+        late.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.parametrize("how", ["closes", "is terminated"])
 def test_a_device_that_ends_signs_off(site: Site, how: str) -> None:
     site.wait(["ann"])
