@@ -32,6 +32,12 @@ class LauncherConfig(PluginConfig):
         return True
 
 
+DEVICES = (
+    "with engine.name=federated: devices to start beside the server, one for each of the first subfolders of "
+    "data.shards; 0: none"
+)
+
+
 @config
 class LocalConfig(LauncherConfig):
     """This machine, through the `deepspeed` launcher."""
@@ -39,6 +45,7 @@ class LocalConfig(LauncherConfig):
     name: Annotated[Literal["local"], about("this machine")] = "local"
     processes: Annotated[int, about("ranks to start; 0: one per GPU, or one without GPUs", ge=0)] = 0
     threads: Annotated[int, about("CPU threads per rank; 0: divide the cores among the ranks", ge=0)] = 0
+    devices: Annotated[int, about(DEVICES, ge=0)] = 0
     grace_seconds: Annotated[
         float, about("time to save a checkpoint on a stop request; 0: 30 s plus three of the longest updates", ge=0)
     ] = 0.0
@@ -74,6 +81,7 @@ class SlurmConfig(LauncherConfig):
         bool, about("pretraining starts, and restarts after a lost node, on as many of `nodes` as are free")
     ] = False
     tasks_per_node: Annotated[int, about("ranks per node; 0: one per GPU, or one without GPUs", ge=0)] = 0
+    devices: Annotated[int, about(DEVICES, ge=0)] = 0
     gpus_per_node: Annotated[int, about("GPUs per node; 0: train on CPUs", ge=0)] = 0
     cpus_per_task: Annotated[
         int,

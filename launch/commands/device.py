@@ -12,6 +12,6 @@ def run(arguments: list[str]) -> int:
     given = request.read("device", DeviceConfig, arguments)
     if given is None:
         return ExitCode.DONE
-    from launch.workflows import federated_device
+    from launch.workers import federated_device
 
     return federated_device.run(given.config)

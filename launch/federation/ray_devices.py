@@ -23,24 +23,33 @@ NOWHERE = "127.0.0.1:1"
 """A device in a task connects to no server."""
 
 
-def device_folders(shards: Sequence[str]) -> dict[str, str]:
-    """Returns the shards of each device by its name: the subfolders of the given folders.
+def device_folders(shards: Sequence[str], needed: int = 1) -> dict[str, str]:
+    """Returns the shards of each device by its name: the subfolders of the given folders, in the order of names.
+
+    Args:
+        shards: `data.shards`.
+        needed: number of devices that are wanted.
 
     Raises:
-        ConfigError: a folder is missing or has no subfolders, or two devices have one name.
+        ConfigError: a folder is missing or has no subfolders, two devices have one name, or there are too few.
     """
     found: dict[str, str] = {}
     for folder in shards:
         inside = sorted(path for path in Path(folder).expanduser().glob("*") if path.is_dir())
         if not inside:
             raise ConfigError(
-                f"data.shards={folder}: with engine.federated.transport=ray each subfolder is a device's shards, and "
-                "there is none; write them by `auricle preprocess out=FOLDER/NAME`"
+                f"data.shards={folder}: with launcher.devices or engine.federated.transport=ray each subfolder is a "
+                "device's shards, and there is none; write them by `auricle preprocess out=FOLDER/NAME`"
             )
         for path in inside:
             if path.name in found:
                 raise ConfigError(f"data.shards={folder}: two devices are named {path.name}; rename a folder")
             found[path.name] = str(path.absolute())
+    if len(found) < needed:
+        raise ConfigError(
+            f"launcher.devices={needed}: data.shards={','.join(shards)} has {len(found)} subfolders with a device's "
+            "shards each; write more by `auricle preprocess out=FOLDER/NAME`, or start fewer"
+        )
     return found
 
 

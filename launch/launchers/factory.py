@@ -17,16 +17,33 @@ def for_job(job: PretrainJob) -> Submitter:
     """Returns the submitter of a run.
 
     Raises:
-        ConfigError: there are more ranks than micro-batches, or several for the server of a federated run.
+        ConfigError: there are more ranks than micro-batches, or several for the server of a federated run, or devices
+            where none can be started.
     """
+    _require_devices(job)
     submitter = make(launcher_of(job), "pretrain", job.engine.name, job.device)
     if job.engine.name == "federated" and submitter.processes > 1:
         raise ConfigError(
             f"engine.name=federated: the server is one process, and launcher={job.launcher.name} starts "
-            f"{submitter.processes}; ask for one node and one rank"
+            f"{submitter.processes}; ask for one node and one rank. Devices on other nodes reach it by SSH "
+            "(docs/federated.md), or are Ray tasks: engine.federated.transport=ray"
         )
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
+
+
+def _require_devices(job: PretrainJob) -> None:
+    """Raises ConfigError if devices are to be started for another engine, as Ray tasks too, or on a varying node."""
+    launcher = job.launcher
+    if not isinstance(launcher, LocalConfig | SlurmConfig) or not launcher.devices:
+        return
+    given = f"launcher.devices={launcher.devices}"
+    if job.engine.name != "federated":
+        raise ConfigError(f"{given}: devices belong to engine.name=federated, and this run has {job.engine.name}")
+    if job.engine.federated.transport == "ray":
+        raise ConfigError(f"{given}: with engine.federated.transport=ray devices are Ray tasks; leave one of them out")
+    if isinstance(launcher, SlurmConfig) and launcher.elastic:
+        raise ConfigError(f"{given}: server and devices share one node; leave out launcher.elastic=true")
 
 
 def launcher_of(job: PretrainJob) -> LauncherConfig:

@@ -40,7 +40,7 @@ class LocalSubmitter(ChildProcesses):
             raise ConfigError(f"launcher.processes={processes}: one GPU per rank, and this machine has {gpus}")
         self._gpus = gpus
         self._launcher = engine == "deepspeed" or processes > 1
-        self._module = module
+        self._module, self._devices = module, config.devices
         variables = {
             "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // processes)),
             "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
@@ -61,6 +61,8 @@ class LocalSubmitter(ChildProcesses):
 
     def command(self, folder: Path, port: int) -> list[str]:
         """Returns the command line of the launcher, or of the only rank."""
+        if self._devices:
+            return [sys.executable, "-u", "-m", "launch.workers.device", str(folder), "--all", str(self._devices)]
         worker = [self._module, str(folder)]
         if not self._launcher:
             return [sys.executable, "-u", "-m", *worker]

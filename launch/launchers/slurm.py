@@ -76,7 +76,7 @@ class SlurmSubmitter:
             "job-name": folder.name,
             "nodes": 1 if alone else f"1-{c.nodes}" if elastic else c.nodes,
             # with a number of tasks, sbatch takes the fewest nodes of a range; the script gets --ranks-per-node instead
-            "ntasks-per-node": "" if elastic else c.ranks_per_node if pretraining else 1,
+            "ntasks-per-node": "" if elastic else c.ranks_per_node + c.devices if pretraining else 1,
             "cpus-per-task": cores,
             "mincpus": c.ranks_per_node * cores if elastic else "",
             "time": c.minutes,
@@ -111,6 +111,8 @@ class SlurmSubmitter:
         arguments = ["--python", c.python or sys.executable, "--retries", str(c.retries)]
         if c.elastic and self.script.name == SCRIPTS["pretrain"]:
             arguments += ["--ranks-per-node", str(c.ranks_per_node)]
+        if c.devices and self.script.name == SCRIPTS["pretrain"]:
+            arguments += ["--devices", str(c.devices)]
         for module in c.modules:
             arguments += ["--module", module]
         if c.container != "none":

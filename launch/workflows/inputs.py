@@ -71,10 +71,11 @@ def require_startable(config: PretrainJob, attended: bool) -> None:
         ConfigError: there are no shards or devices, batches cannot be filled, or `init` is of another architecture.
     """
     if config.engine.name == "federated":
-        if config.engine.federated.transport == "ray" and config.launcher.sees_inputs:
+        started = getattr(config.launcher, "devices", 0)
+        if (started or config.engine.federated.transport == "ray") and config.launcher.sees_inputs:
             from launch.federation.ray_devices import device_folders
 
-            device_folders(config.data.shards)
+            device_folders(config.data.shards, max(1, started))
         _require_start(config)
     elif attended or _sees_shards(config):
         _require_shards(config)

@@ -16,19 +16,21 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.loopback import free_port
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, dump, load
 from launch.federation.flower import find_flower
+from launch.main import main
 from pretrain.config import Config
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
 from pretrain.federated.transport import Reply
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
-from tests.support.federation import server
+from tests.support.federation import TINY, server
 from tests.support.paths import ROOT
 from tests.support.tiny_shards import sounds, write_shards
 
@@ -59,13 +61,10 @@ class Site:
         if name == "server":
             words = [
                 "pretrain", "+experiment=federated_tiny", "device=cpu", "name=run", f"runs={self.folder}",
-                "data.batch_seconds=12", "data.min_seconds=0.5", "data.max_seconds=2", "data.micro_batches=3",
-                "encoder.layers=1", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32",
-                "engine.federated.per_round=3", "engine.federated.min_devices=3", "engine.federated.attempts=50",
+                *TINY, "engine.federated.per_round=3", "engine.federated.min_devices=3", "engine.federated.attempts=50",
                 "engine.federated.answer_seconds=8", "engine.federated.wait_seconds=120",
                 f"engine.federated.server={address}", f"train.steps={self.steps}", "train.checkpoint_every=1",
-                "train.media_every=0", "launcher.processes=1", "health.on_collapse=warn",
-                *self.more,
+                "launcher.processes=1", *self.more,
             ]  # fmt: skip
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
@@ -195,3 +194,20 @@ def test_no_file_of_the_server_holds_an_update_of_one_device_under_secure_aggreg
                     assert (piece * np.float32(scale)).astype(kind).tobytes() not in kept
     rows = site.rounds()
     print(f"seconds of rounds: {[round(row['federated/round_seconds'], 1) for row in rows]}; furthest {furthest:.1e}")
+
+
+def test_one_command_starts_server_and_devices_and_ends_them(tmp_path: Path) -> None:
+    for name in NAMES:
+        write_shards(tmp_path / "devices" / name, [sounds([1.0] * 12, corpus=name)])
+    fields = ("name=run", f"runs={tmp_path}", f"data.shards={tmp_path / 'devices'}", "launcher.devices=3", "device=cpu")
+    rounds = (f"engine.federated.server=127.0.0.1:{free_port()}", "engine.federated.per_round=3")
+    steps = ("engine.federated.min_devices=3", "engine.federated.wait_seconds=120", "train.steps=3")
+    assert main(["pretrain", "+experiment=federated_tiny", *TINY, *fields, *rounds, *steps]) == 0
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["federated/devices"] for row in rows] == [3] * 3
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in process.info["cmdline"]]
+    assert not left
+    events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    shown = {tag.removeprefix("federated/") for tag in events.Tags()["scalars"] if tag.startswith("federated/")}
+    assert {"devices", "asked", "left_out", "bytes_sent", "bytes_received", "round_seconds"} <= shown
+    assert [event.step for event in events.Scalars("federated/bytes_sent")] == [1, 2, 3]

@@ -23,6 +23,12 @@ from pretrain.train_module import build_model
 from tests.support.synthetic_reader import SyntheticReader
 from tests.support.training import config
 
+TINY = (
+    "data.batch_seconds=12", "data.min_seconds=0.5", "data.max_seconds=2", "data.micro_batches=3",
+    "encoder.layers=1", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32",
+    "train.media_every=0", "health.on_collapse=warn",
+)  # fmt: skip
+"""Fields of a tiny run of the recipe federated_tiny with three devices a round."""
 WORLD = DistributedContext()
 Spoil = Callable[[bytes], list[bytes]]
 """Returns the messages that arrive in place of an answer."""

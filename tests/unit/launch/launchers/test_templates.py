@@ -150,6 +150,18 @@ def test_containers_and_modules_are_separate_arguments_of_srun(tmp_path: Path, c
     assert modules == expected | ({"launch.launchers.retry"} if container == "pyxis" else set())
 
 
+def test_devices_are_a_step_of_their_own_beside_the_server(tmp_path: Path) -> None:
+    run = work_folder(tmp_path, "pretrain")
+    words = batch_words(run, "pretrain", SlurmConfig(python="python", devices=3))
+    ended = execute(tmp_path, words, NTASKS=4, NTASKS_PER_NODE=4)
+    assert ended.code == 0, ended.said
+    steps = {words[words.index("-m") + 1]: words for words in ended.calls.values()}
+    assert set(steps) == {"launch.workers.rank", "launch.workers.device"}
+    assert {"--ntasks=1", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(steps["launch.workers.rank"])
+    assert {"--ntasks=3", "--nodes=1", "--overlap", "--wait=0"} <= set(steps["launch.workers.device"])
+    assert steps["launch.workers.device"][-1] == steps["launch.workers.rank"][-1] == str(run)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_text_of_the_config_is_one_argument_of_sbatch(name: str, tmp_path: Path) -> None:
     """sbatch receives an argument list without a shell; the printed plan is shell-quoted."""
