@@ -19,6 +19,7 @@ from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.manifest import Utterance, thinned
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
+from pretrain.evaluate.speaker_similarity import speaker_encoder
 from pretrain.generation.text import TextError, sentences
 from pretrain.generation.voice import Speaker
 from pretrain.interfaces.frames import Frames
@@ -83,6 +84,28 @@ def figures(
     yield measured("mel-cepstral distortion, dB", [mel_cepstral_distortion(*pair) for pair in pairs])
     yield measured("F0 error, semitones", [pitch_error(*pair) for pair in pairs])
     yield measured("real-time factor", seconds)
+    try:
+        embed = speaker_encoder()
+    except ConfigError as error:
+        say(f"synthesis: {error}")
+        return
+    voices, said = [embed(wave) for wave in recorded], [embed(wave) for wave in spoken]
+    others = [_next_of_speaker([utterance.speaker for utterance in asked], number) for number in range(len(asked))]
+    cosines = [
+        (float(one @ voices[other]), 1.0) if other is not None else (0.0, 0.0)
+        for one, other in zip(voices, others, strict=True)
+    ]
+    if any(count for _, count in cosines):
+        yield measured("speaker similarity of recordings of one speaker", cosines)
+    yield measured(
+        "speaker similarity of text and recording", [(float(a @ b), 1.0) for a, b in zip(voices, said, strict=True)]
+    )
+
+
+def _next_of_speaker(speakers: Sequence[str], number: int) -> int | None:
+    """Returns the next place of the same speaker, from the beginning after the end; None where there is no other."""
+    places = [*range(number + 1, len(speakers)), *range(number)]
+    return next((place for place in places if speakers[place] == speakers[number]), None)
 
 
 def copy_synthesis(voice: Speaker, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
