@@ -37,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, quiet_auricle, real_speech, step_seconds  # noqa: E402
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech  # noqa: E402
 from data_pipeline.audio.codecs import read_mono  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
@@ -73,7 +73,7 @@ def main() -> int:
     """Trains, listens and measures; returns the exit code."""
     parser = parser_of(__doc__, "synthesis")
     parser.add_argument("--speaker", default="fsdd-jackson")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of training (default: 15)")
+    parser.add_argument("--updates", type=int, default=1_600, help="of training (default: 1,600)")
     parser.add_argument("--train", type=int, default=200, help="strings for training (default: 200)")
     parser.add_argument("--test", type=int, default=60, help="strings to listen to (default: 60)")
     parser.add_argument("--trained", action="store_true", help="listen to the run that an earlier call left in --work")
@@ -90,7 +90,8 @@ def main() -> int:
     test = strings(test_takes, given.test, "test")
     if not given.trained:
         data = prepare(strings(train_takes, given.train, "train"), given.work)
-        train(data, given.work, "voice", affordable(data, given.work, given.minutes))
+        train(data, given.work, "untrained", 2)
+        train(data, given.work, "voice", given.updates)
     runs = given.work / "runs"
     said = given.work / "pi.wav"
     quiet_auricle("speak", f"checkpoint={runs / 'voice'}", "text=three one four", f"out={said}", "language=none")
@@ -168,21 +169,14 @@ def write_shards(train: Sequence[String], work: Path) -> tuple[Path, Path]:
     return shards, tokens
 
 
-def train(data: Sequence[str], work: Path, name: str, steps: int, log_every: int = 10) -> Path:
-    """Trains `synthesis_tiny` for so many updates; returns the run folder."""
+def train(data: Sequence[str], work: Path, name: str, steps: int) -> None:
+    """Trains `synthesis_tiny` for so many updates."""
     length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.checkpoint_every={steps}"]
     one_core = ["engine.name=torch", "data.workers=0", "launcher=local", "launcher.threads=1"]
-    more = [*one_core, f"train.log_every={log_every}", "train.media_every=0"]
+    more = [*one_core, "train.log_every=10", "train.media_every=0"]
     quiet_auricle(
         "pretrain", "+experiment=synthesis_tiny", *data, *length, *more, f"runs={work / 'runs'}", f"name={name}"
     )
-    return work / "runs" / name
-
-
-def affordable(data: Sequence[str], work: Path, minutes: float) -> int:
-    """Returns the updates in a time, from the median of a short run, which also is the untrained voice."""
-    run = train(data, work, "untrained", 8, log_every=1)
-    return max(20, int(60 * minutes / step_seconds(run, skip=2)))
 
 
 def speaker_of(voice: Voice, vocoder: str = "istft") -> Callable[[String], np.ndarray]:
