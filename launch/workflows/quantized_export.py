@@ -19,6 +19,7 @@ from data_pipeline.labels.kmeans import shard_features
 from data_pipeline.shards.records import done_records
 from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.compression import quantization
+from pretrain.compression.attention_fusion import fuse_attention
 from pretrain.compression.quantization import Lost, Mode
 from pretrain.interop.graph_export import export_graph, open_graph
 
@@ -63,9 +64,12 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
         files = [folder / "model.onnx" for folder in (exact, small)]
         graph = onnx.load(files[0])
         nodes = quantization.linear_products(graph, found.module.model)
+        fused, source = onnx.load(files[0]), Path(scratch) / "fused.onnx"
+        attentions = fuse_attention(fused)
+        onnx.save(fused, source)
         reduce_range = options.reduce_range or not quantization.has_vnni()
         quantization.quantize(
-            files[0], files[1], nodes=nodes, mode=options.mode, waves=calibration, reduce_range=reduce_range
+            source, files[1], nodes=nodes, mode=options.mode, waves=calibration, reduce_range=reduce_range
         )
         opened = [open_graph(file, threads=1) for file in files]
         lost = quantization.lost(opened[0], opened[1], compared)
@@ -75,7 +79,7 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
         points = probe_loss(exact, small, options.manifest) if options.manifest is not None else None
         sizes = [file.stat().st_size / 1e6 for file in files]
         described = json.loads((exact / "features.json").read_text(encoding="utf-8"))
-        described["int8"] = _description(options.mode, reduce_range, len(nodes), lost, points)
+        described["int8"] = _description(options.mode, reduce_range, (len(nodes), attentions), lost, points)
         (small / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     probes = "" if points is None else f", probes of phones lose {100 * points:.1f} points"
     return (
@@ -137,12 +141,13 @@ def _samples() -> Extractor:
 
 
 def _description(
-    mode: Mode, reduce_range: bool, products: int, lost: Lost, points: float | None
+    mode: Mode, reduce_range: bool, changed: tuple[int, int], lost: Lost, points: float | None
 ) -> dict[str, str | int | float | None]:
     return {
         "mode": mode,
         "reduce_range": reduce_range,
-        "products": products,
+        "products": changed[0],
+        "fused_attentions": changed[1],
         "frames_that_change_cluster": lost.units,
         "relative_error": lost.error,
         "probe_points_lost": points,

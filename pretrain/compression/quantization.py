@@ -1,8 +1,9 @@
 """INT8 graphs: quantises the products with weights of an exported ONNX graph, by onnxruntime.
 
 Weights are signed 8-bit integers with a scale per output channel; activations unsigned 8-bit integers, with a scale
-that is computed for each call ("dynamic") or fixed from given audio ("static"). Only linear layers are quantised: the
-spectrogram and its filterbank have a range that 8 bits do not hold, and products of two activations gain nothing.
+that is computed for each call ("dynamic") or fixed from given audio ("static"). Only linear layers of the encoder are
+quantised: the spectrogram and its filterbank have a range that 8 bits do not hold, the front end's projection takes no
+time and its error reaches all layers, and products of two activations gain nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ class Lost(NamedTuple):
 
 
 def linear_products(graph: Any, model: SpeechModel) -> list[str]:
-    """Returns the names of the nodes of an ONNX graph that are products with the weight of a linear layer.
+    """Returns the names of the nodes of an ONNX graph that are products with the weight of the encoder's linear layers.
 
     Args:
         graph: the ModelProto that `model` was exported to, alone or as a part of a module.
         model: front end and encoder.
     """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name in layers if not name.startswith("frontend.")}
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = []
     for node in graph.graph.node:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError, load
+from pretrain.compression.attention_fusion import fuse_attention
 from pretrain.config import Config
 from pretrain.interop import graph_export
 from pretrain.train_module import build_model
@@ -61,9 +62,17 @@ def test_a_model_trained_on_packed_rows_is_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
 def test_onnx_features_equal_those_of_the_model(case: str, tmp_path: Path, parity: Parity) -> None:
     pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
     error = graph_export.export_graph(*made(*CASES[case]), tmp_path / "out", "onnx")
     parity("ONNX: features, as a share of the largest", 1e-4, error)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx", "features.json"}
+    graph, wave_BT = onnx.load(tmp_path / "out" / "model.onnx"), 0.1 * torch.randn(2, 30_000)
+    assert fuse_attention(graph) == (0 if case == "wavlm" else 2)
+    onnx.save(graph, tmp_path / "fused.onnx")
+    exact, fused = (graph_export.open_graph(tmp_path / name)(wave_BT) for name in ("out/model.onnx", "fused.onnx"))
+    parity(
+        "fused attention: features, as a share of the largest", 1e-5, (fused - exact).abs().max() / exact.abs().max()
+    )
 
 
 def test_an_intermediate_layer_is_exported(tmp_path: Path) -> None:

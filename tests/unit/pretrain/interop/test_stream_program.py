@@ -50,7 +50,7 @@ def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pyt
     assert "frames change their cluster" in capsys.readouterr().out
     about = json.loads((edge / "edge.json").read_text())
     assert about["precision"] == "int8"
-    assert about["int8"]["products"] == 2 * 4 + 1
+    assert about["int8"]["products"] == 2 * 4
     assert {file.name for file in edge.iterdir()} == {"model.onnx", "edge.json", "run.py", "README.md"}
 
     rng = np.random.default_rng(0)
