@@ -175,7 +175,7 @@ COMPOSED = {
     "export runs/NAME hf_folder": "needs a front end with a counterpart in transformers; tests/parity/test_export.py",
     "evaluate *follow=true": "follows a run that trains; tests/evaluate/test_evaluate.py",
     "evaluate checkpoint=runs/a,runs/b,hf_folder *": "compares with a Hugging Face folder; tests/parity/test_export.py",
-    "evaluate *task=synthesis*": "needs a voice that speaks; tests/evaluate",
+    "evaluate *task=synthesis*": "needs a voice that speaks; tests/evaluate/test_synthesis.py",
     "pretrain *supernet_tiny *": "needs a teacher; tests/end_to_end/test_small_models.py",
     "compress runs/supernet_tiny *": "needs a supernet; tests/end_to_end/test_small_models.py",
     "bench --table *--subnets *": "exports each subnet; tests/end_to_end/test_small_models.py",
