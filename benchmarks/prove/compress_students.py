@@ -81,8 +81,8 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
     cut(teacher, truncated, "--blocks", str(STUDENT_BLOCKS))
     if not (units / "checksums.json").exists():
         auricle(
-            "targets", f"shards={shards}", f"out={units}", f"features={teacher}", f"layer={BEST}", "rounds=6",
-            "fraction=0.12",
+            "targets", f"shards={shards}", f"out={units}", f"features={teacher}", f"layer={BEST}", "rounds=8",
+            "fraction=0.3",
         )  # fmt: skip
     return best, truncated, units
 

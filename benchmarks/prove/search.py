@@ -70,7 +70,7 @@ def rivals(space: Space, scores: Scores, cost: Cost, budget: Budget, trials: int
     def within(subnets: Sequence[Subnet]) -> list[Subnet]:
         return [subnet for subnet in subnets if budget.holds(cost(subnet))]
 
-    population = max(4, trials // 3)
+    population = max(4, trials // 2)
     found = search_subnets(space, scores, cost, budget, trials, population=population, seed=seed, say=print)
     rng, drawn = keyed_rng(seed, "random search"), dict[Subnet, None]()
     while len(drawn) < len(found):

@@ -15,6 +15,7 @@ from data_pipeline.core.jsonl import append_row, read_rows
 from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.subnets import Space, Subnet
 
+NAMES = ("heads", "ffn")
 DRAWS = 20
 """Most draws for each subnet to score."""
 
@@ -78,8 +79,9 @@ def search_subnets(
 ) -> list[ScoredSubnet]:
     """Searches for subnets with high scores and low latency; the same call continues an interrupted search.
 
-    Subnets over a limit are not scored: they compete by how far they are over it. A subnet that was drawn before is
-    sampled again, which keeps generations diverse.
+    The first generation begins with subnets whose blocks are alike, and so what is found is at least as good as they
+    are. Subnets over a limit are not scored: they compete by how far they are over it. A subnet that was drawn before
+    is sampled again, which keeps generations diverse.
 
     Args:
         space: all subnets.
@@ -99,6 +101,8 @@ def search_subnets(
     """
     _require_room(space, cost, budget)
     study, repeated = _study(population, seed)
+    for subnet in uniform_start(space, cost, budget, population // 2):
+        study.enqueue_trial(_parameters(subnet, space))
     known, found, drawn = scores.known(), list[ScoredSubnet](), set[Subnet]()
     for _ in range(DRAWS * trials):
         if len(found) == trials:
@@ -122,6 +126,12 @@ def search_subnets(
         found.append(ScoredSubnet(subnet, known[subnet], price))
         study.tell(trial, (known[subnet], price.rtf))
     return found
+
+
+def uniform_start(space: Space, cost: Callable[[Subnet], SubnetCost], budget: Budget, count: int) -> list[Subnet]:
+    """Returns the slowest subnets with equal blocks that are within the limits, at most `count` of them."""
+    within = [subnet for subnet in space.uniforms() if budget.holds(cost(subnet))]
+    return sorted(within, key=lambda subnet: cost(subnet).rtf, reverse=True)[:count]
 
 
 def front(candidates: Sequence[ScoredSubnet]) -> list[ScoredSubnet]:
@@ -175,11 +185,21 @@ def _study(population: int, seed: int) -> tuple[Any, Any]:
     return study, optuna.trial.TrialState.FAIL
 
 
+def _parameters(subnet: Subnet, space: Space) -> dict[str, int]:
+    """Returns a subnet as the parameters of a trial; those of blocks that do not run are the last block's."""
+    padded = [*subnet, *[subnet[-1]] * (space.blocks[-1] - len(subnet))]
+    sizes = {f"{name}_{n}": size for n, pair in enumerate(padded) for name, size in zip(NAMES, pair, strict=True)}
+    return {"blocks": len(subnet)} | sizes
+
+
 def _suggested(trial: Any, space: Space) -> Subnet:
     """Returns the subnet of a trial; each block has its own sizes, of which the first `blocks` count."""
     blocks = trial.suggest_categorical("blocks", space.blocks)
     pairs = [
-        (trial.suggest_categorical(f"heads_{n}", space.heads), trial.suggest_categorical(f"ffn_{n}", space.ffn))
+        tuple(
+            trial.suggest_categorical(f"{name}_{n}", sizes)
+            for name, sizes in zip(NAMES, (space.heads, space.ffn), strict=True)
+        )
         for n in range(space.blocks[-1])
     ]
     return tuple(pairs[:blocks])

@@ -55,10 +55,13 @@ def test_the_known_optimum_of_a_made_up_score_is_found(tmp_path: Path) -> None:
     within = {subnet: score(subnet) for subnet in every() if BUDGET.holds(cost(subnet))}
     best = max(within.values())
     assert len(every()) == SPACE.size == 810
-    found = searched(tmp_path / "scores.jsonl")
+    found = searched(tmp_path / "scores.jsonl", seed=2)
     assert max(candidate.score for candidate in found) == pytest.approx(best)
     assert len({candidate.subnet for candidate in found}) == len(found) == TRIALS < 0.4 * len(within)
     assert all(BUDGET.holds(candidate.cost) and SPACE.holds(candidate.subnet) for candidate in found)
+    uniform = max(score(subnet) for subnet in SPACE.uniforms() if BUDGET.holds(cost(subnet)))
+    begun = searched(tmp_path / "scores.jsonl", trials=10, seed=2)
+    assert max(candidate.score for candidate in begun) >= uniform, "it begins with equal blocks"
     random = [max(np.random.default_rng(seed).choice(list(within.values()), TRIALS)) for seed in range(20)]
     assert np.mean(random) < 0.99 * best, "as many random draws do not find it"
 
