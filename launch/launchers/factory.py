@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
 from launch.config import LAUNCHERS, LauncherConfig, LocalConfig, PretrainJob, RayConfig, SlurmConfig
@@ -47,8 +49,13 @@ def _require_devices(job: PretrainJob) -> None:
 
 
 def launcher_of(job: PretrainJob) -> LauncherConfig:
-    """Returns the launcher of a run with the number of cores that its ranks need."""
-    return job.launcher.with_cores(job.data.workers) if isinstance(job.launcher, SlurmConfig) else job.launcher
+    """Returns the launcher of a run with the number of cores that its ranks need, and one rank for a server."""
+    launcher = job.launcher
+    if isinstance(launcher, SlurmConfig):
+        return launcher.with_cores(job.data.workers)
+    if isinstance(launcher, RayConfig) and job.engine.name == "federated" and not launcher.workers:
+        return replace(launcher, workers=1)
+    return launcher
 
 
 def for_record(note: JobRecord) -> Submitter:

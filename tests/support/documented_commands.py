@@ -33,16 +33,30 @@ FEW_SHOT = (
     "few_shot.queries=1",
     "few_shot.ways=2",
 )
+FEDERATED = (
+    "train.steps=2", "train.checkpoint_every=2", "train.media_every=0", "schedule.warmup_steps=1", "device=cpu",
+    "launcher.devices=3", "data.shards=devices", "data.batch_seconds=12", "data.micro_batches=3", "data.max_seconds=2",
+    "health.on_collapse=warn", "engine.federated.per_round=3", "engine.federated.min_devices=3",
+    "engine.federated.wait_seconds=300",
+)  # fmt: skip
+"""Overrides that make a federated run short, with three devices on this machine."""
+DEVICES = tuple(
+    ("preprocess", "corpus=path", "corpus.path=speech", f"out=devices/phone_{number}") for number in (1, 2, 3)
+)
 PROBING = (*MEASURING, "supervised.epochs=0", "neural.epochs=0")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Commands that are run.  more: overrides or options that are added.  names: words that are replaced."""
+    """Commands that are run.
+
+    more: overrides or options that are added.  names: words that are replaced.  flower: whether Flower is needed.
+    """
 
     pattern: str
     more: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
+    flower: bool = False
 
 
 def _named(name: str) -> dict[str, str]:
@@ -66,6 +80,18 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("pretrain*--cfg"),
     Run("pretrain*--help"),
     Run("pipeline *--dry-run"),
+    # with Flower, in a test of their own; the device runs beside the server after it
+    Run("device *", ("name=own",), {"phone_1": "devices/phone_1"}, flower=True),
+    Run("pretrain +experiment=federated_tiny device=cpu", (*FEDERATED, "launcher.devices=2"), flower=True),
+    Run("pretrain *launcher.devices=8", (*FEDERATED, "name=beside"), {"DEVICES": "devices"}, flower=True),
+    Run("pretrain *tune.name=lora", (*FEDERATED, "name=few"), {"BASE": "federated_tiny"}, flower=True),
+    Run("pretrain *secure=true *", (*FEDERATED, "name=secure"), flower=True),
+    Run(
+        "pretrain *federated.noise=1 *",
+        (*FEDERATED, "name=private", "train.steps=1"),
+        {"devices=1000": "devices=3"},
+        flower=True,
+    ),
     # data
     SPLIT,
     Run("preprocess corpus=manifest *image_side=256", ("min_shards=2",)),
@@ -139,6 +165,9 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("search *"),
     Run("evaluate *task=retrieval *", ("corpora=made", "bootstrap=100"), {"test.tsv": "speech/manifest.tsv"}),
     Run("speak *", names=_named("synthesis_tiny")),
+    # devices that keep their audio
+    *DEVICES,
+    Run("pretrain *transport=ray*", (*FEDERATED, "launcher.devices=0", "name=tasks"), {"DEVICES": "devices"}),
 )
 """In the order in which they run: later commands read what earlier ones wrote. Tuples are the test's own commands."""
 
@@ -156,9 +185,7 @@ COMPOSED = {
     "jobs requeue *": "needs a job that failed; tests/unit/launch/commands/test_jobs.py",
     "serve *": "serves until it is stopped; tests/unit/launch/serving",
     "board *": "serves until it is stopped; tests/board",
-    "device *": "needs Flower's environment; tests/end_to_end/test_federated.py",
     "pretrain *engine.name=meta*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
-    "pretrain *federated_tiny*": "needs Flower's environment; tests/end_to_end/test_federated.py",
     "preprocess corpus=common_voice *": "needs a corpus of this layout; "
     "tests/unit/data_pipeline/corpora/test_layouts.py",
     "preprocess corpus=librispeech *": "needs a corpus of this layout; "
