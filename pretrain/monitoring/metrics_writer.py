@@ -60,6 +60,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "asked, answered, left out": ["Multiline", ["federated/(asked|devices|left_out)"]],
         "bytes of a round": ["Multiline", ["federated/bytes_.*"]],
         "seconds of a round": ["Multiline", ["federated/round_seconds"]],
+        "ε spent": ["Multiline", ["federated/epsilon"]],
     },
     "adaptation to episodes": {
         "loss of the support": ["Multiline", ["meta/support_loss_.*"]],

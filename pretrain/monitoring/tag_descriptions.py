@@ -45,6 +45,7 @@ DESCRIPTIONS = {
     "federated/bytes_sent": "Bytes of the requests of a round, over all devices.",
     "federated/bytes_received": "Bytes of the answers of a round.",
     "federated/round_seconds": "Seconds from the draw to the last answer of a round.",
+    "federated/epsilon": "ε that all rounds so far have spent at engine.federated.delta; stays below the budget.",
     "meta/support_loss_before": "Loss of the inner task on the support of an episode, before its inner steps.",
     "meta/support_loss_after": "The same after the inner steps; falls below the curve before them where they adapt.",
     "meta/query_loss_before": "Loss of the outer task on the queries, with weights that are not adapted.",

@@ -211,3 +211,16 @@ def test_one_command_starts_server_and_devices_and_ends_them(tmp_path: Path) -> 
     shown = {tag.removeprefix("federated/") for tag in events.Tags()["scalars"] if tag.startswith("federated/")}
     assert {"devices", "asked", "left_out", "bytes_sent", "bytes_received", "round_seconds"} <= shown
     assert [event.step for event in events.Scalars("federated/bytes_sent")] == [1, 2, 3]
+
+
+def test_a_run_without_enough_devices_ends_with_exit_code_1_and_names_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "devices" / "ann", [sounds([1.0] * 12, corpus="ann")])
+    fields = ("name=run", f"runs={tmp_path}", f"data.shards={tmp_path / 'devices'}", "launcher.devices=1", "device=cpu")
+    rounds = (f"engine.federated.server=127.0.0.1:{free_port()}", "engine.federated.per_round=3", "train.steps=3")
+    waits = ("engine.federated.min_devices=3", "engine.federated.wait_seconds=60")
+    assert main(["pretrain", "+experiment=federated_tiny", *TINY, *fields, *rounds, *waits]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "engine.federated.min_devices=3: 1 are connected after 60 s (ann)" in said
+    assert "start devices (auricle device), or lower min_devices" in said

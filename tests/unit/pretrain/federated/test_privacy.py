@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError, dump
 from pretrain.checkpointing.resume import require_same_config
 from pretrain.checkpointing.stored import read_state
@@ -17,6 +19,7 @@ from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.privacy import Privacy, ledger
 from pretrain.interfaces.engine_configs import FederatedConfig
 from pretrain.interfaces.frames import StepContext
+from pretrain.monitoring.tag_descriptions import description
 from pretrain.train_module import build_model
 from tests.support.federation import run, server, settings, synthetic_devices
 from tests.support.training import config
@@ -90,6 +93,15 @@ def test_the_ledger_is_in_the_checkpoint_and_a_run_ends_before_the_budget_is_spe
     engine = run(tmp_path / "run", config, synthetic_devices(config, 40))
     state = read_state(tmp_path / "run" / "checkpoints" / "step_00000004")
     assert state["engine"] == {"privacy": [[1.0, 0.04, 4]]} == engine.memory()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    spent = [row["federated/epsilon"] for row in rows]
+    assert spent == sorted(set(spent))
+    assert spent[-1] == pytest.approx(Privacy(config.engine.federated, "").epsilon(((1.0, 0.04, 4),)))
+    board = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("federated/epsilon")] == [
+        (number, pytest.approx(value)) for number, value in enumerate(spent, 1)
+    ]
+    assert all(description(name) for name in rows[-1] if name.startswith("federated/"))
     longer = settings(rounds, train=tiny | {"steps": 2000}, health={"on_collapse": "warn"})
     with pytest.raises(
         ConfigError, match=r"epsilon=1\.5: 1996 further rounds.*of which 0\.\d+ are spent; set train\."

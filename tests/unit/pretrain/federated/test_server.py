@@ -19,6 +19,7 @@ from tests.support.parity_table import Parity
 from tests.support.synthetic_reader import synthetic_batch
 
 TEXT = {"heads": {"text": {"name": "reconstruction"}}}
+HEAD_ALONE = {**TEXT, "objective": {"name": "none"}}
 
 
 def tensors(engine: TorchEngine) -> dict[str, np.ndarray]:
@@ -31,8 +32,11 @@ def distance(one: TorchEngine, other: TorchEngine) -> float:
     return max(float(np.abs(mine[name] - theirs[name]).max(initial=0.0)) for name in mine)
 
 
-@pytest.mark.parametrize("top", [{}, TEXT], ids=["one task", "two tasks"])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("top", "count"),
+    [*(({}, count) for count in (1, 2, 4)), *((TEXT, count) for count in (1, 2, 4)), (HEAD_ALONE, 2)],
+    ids=lambda value: str(value) if isinstance(value, int) else " ".join(value) or "objective",
+)
 def test_a_gradient_round_is_the_local_engines_step(count: int, top: dict[str, Any], parity: Parity) -> None:
     # AdamW divides by gradients near 0 where eps is small, and their rounding with them
     config = settings({"per_round": 4}, optimizer={"lr": 1e-3, "eps": 1e-4}, **top)
