@@ -213,12 +213,17 @@ def _some(names: Sequence[str]) -> str:
 
 
 def architecture_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of front end and encoder that must agree, by the names of their overrides."""
+    """Returns the fields of front end and encoder that must agree, by the names of their overrides.
+
+    Those of positions by convolution count where the encoder has such positions only.
+    """
+    encoder = dump(config.encoder)
+    unused = "" if str(encoder.get("positions", "conv")).startswith("conv") else "conv_positions_"
     return {
         f"{part}.{field}": value
         for part in ("frontend", "encoder")
         for field, value in dump(getattr(config, part)).items()
-        if field not in FREE
+        if field not in FREE and not (unused and field.startswith(unused))
     }
 
 
@@ -281,7 +286,7 @@ def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
     differing = [
         name
         for name, value in theirs.items()
-        if ours.get(name) != value and (name.endswith(".name") or name.partition(".")[0] not in kinds)
+        if name in ours and ours[name] != value and (name.endswith(".name") or name.partition(".")[0] not in kinds)
     ]
     if differing:
         differences = ", ".join(

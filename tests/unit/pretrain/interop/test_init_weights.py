@@ -100,6 +100,13 @@ def test_a_head_of_other_tokens_starts_anew(tmp_path: Path, symbols: str, taken:
     assert ("heads.text.linear.weight" in report.heads) == taken
 
 
+def test_fields_of_positions_that_are_not_used_may_differ(run: Path) -> None:
+    expected, found = build_model(config()), start(run, conv_positions_kernel=19, conv_positions_depth=2)
+    load_initial(dataclasses.replace(config(), init=str(run)), expected)
+    for name, weight in expected.model.state_dict().items():
+        assert torch.equal(weight, found.model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
