@@ -43,7 +43,7 @@ from pretrain.checkpointing.initial import write_initial  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
-from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import Interval95, Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.profiling.graph_timing import measure_graphs  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
@@ -258,7 +258,7 @@ def table(found: Found) -> list[Figures]:
     log_mel = accuracy(found.tallies[LOG_MEL])
     exact = [name for name in found.tallies if name.startswith(TEACHER) and name.endswith("fp32")]
     gain = max(accuracy(found.tallies[name]) for name in exact if name not in found.learned) - log_mel
-    rows = [Figures(LOG_MEL, False, log_mel, kept=0.0)]
+    rows = [Figures(LOG_MEL, False, **_interval(bootstrap(found.tallies[LOG_MEL], 2_000)), kept=0.0)]
     for name, timings in found.timings.items():
         interval = bootstrap(found.tallies[name], 2_000)
         speeds = {key: statistics.mean(t[key] for t in timings) for key in ("speed", "wall_speed", "megabytes")}
@@ -266,14 +266,25 @@ def table(found: Found) -> list[Figures]:
             Figures(
                 name=name,
                 learned=name in found.learned,
-                accuracy=interval.value,
-                low=interval.low,
-                high=interval.high,
+                **_interval(interval),
                 kept=(interval.value - log_mel) / gain,
                 **speeds,
             )
         )
     return [*rows, *(Figures(name, True, note=note) for name, note in found.notes.items())]
+
+
+def _interval(found: Interval95) -> dict[str, float]:
+    return {"accuracy": found.value, "low": found.low, "high": found.high}
+
+
+def _shown(row: Figures) -> tuple[str, ...]:
+    """Returns the cells of a row; those without a figure are empty."""
+    cells = (
+        f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})", f"{100 * row.kept:.0f} %",
+        f"{row.speed:.2f}", f"{row.wall_speed:.2f}", f"{row.megabytes:.1f}",
+    )  # fmt: skip
+    return (row.name, *("" if "nan" in cell else cell for cell in cells), row.note)
 
 
 def paired(rows: list[Figures], found: Found) -> list[dict[str, Any]]:
@@ -303,13 +314,7 @@ def write_page(result: dict[str, Any], rows: list[Figures], file: Path) -> bool:
         f"`{result['command']}`", "",
         *markdown_table(
             ("model", "phones, non-silence frames", "gain kept", "speed", "by the clock", "MB", ""),
-            [
-                (
-                    r.name, f"{100 * r.accuracy:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})",
-                    f"{100 * r.kept:.0f} %", f"{r.speed:.2f}", f"{r.wall_speed:.2f}", f"{r.megabytes:.1f}", r.note,
-                )
-                for r in rows
-            ],
+            map(_shown, rows),
         ),
         "", "Gain: over log-mel, of the teacher's best layer. Speed: against the teacher in fp32 in onnxruntime, one "
         "thread, 10 s of audio, in turn, by processor time" + (f"; {result['noisy']}." if result["noisy"] else "."),
@@ -319,10 +324,10 @@ def write_page(result: dict[str, Any], rows: list[Figures], file: Path) -> bool:
         ) + ".",
         "Updates of each training: " + ", ".join(f"{n} {name}" for name, n in result["updates"].items()) + ".",
         "", f"Gate 1, {KEPT:.0%} of the gain at {FASTER:g} times the speed: "
-        + (f"passed by {', '.join(fast)}." if fast else "missed.")
-        + (f" At {GOAL:g} times: {', '.join(at_goal)}." if at_goal else f" None at {GOAL:g} times."),
+        + (f"passed by {'; '.join(fast)}." if fast else "missed.")
+        + (f" At {GOAL:g} times: {'; '.join(at_goal)}." if at_goal else f" None at {GOAL:g} times."),
         "Gate 2, a learned model above the best truncation at least as fast, paired: "
-        + (f"passed by {', '.join(above)}." if above else "missed."), "",
+        + (f"passed by {'; '.join(above)}." if above else "missed."), "",
         *(
             f"- {one['row']} minus {one['truncation']}: {100 * one['value']:+.1f} "
             f"({100 * one['low']:+.1f} to {100 * one['high']:+.1f})"
