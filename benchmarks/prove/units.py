@@ -53,8 +53,6 @@ SMALL = (
     "encoder.layers=1",
     "encoder.heads=2",
     "encoder.ffn_dim=128",
-    "heads.speak.prompt_drop=0.5",
-    "optimizer.lr=2e-3",
     "objective=none",
     "~objective.n_codes",
     "data.batch_seconds=16",
