@@ -254,7 +254,7 @@ class TuneConfig:
     ] = "full"
     prompts: Annotated[int, about("prompt: learned frames before each block", ge=1, le=1024)] = 8
     rank: Annotated[int, about("lora: rank of each update; at most the smaller side of its matrix", ge=1)] = 2
-    alpha: Annotated[float, about("lora: an update counts alpha / rank times", gt=0)] = 8.0
+    alpha: Annotated[float, about("lora: an update counts alpha / rank times", gt=0)] = 2.0
     modules: Annotated[
         tuple[str, ...],
         about("lora: linear layers that get an update, by the ends of their names; empty: all of the blocks"),
