@@ -25,6 +25,8 @@ PACK: Final = "_packs/columns.parquet"
 PACK_SCHEMA: Final = pa.schema([("index", pa.string()), *(INDEX_SCHEMA.field(name) for name in COLUMNS)])
 GROUP_ROWS: Final = 100_000
 """Segments of a row group, which ends with a shard."""
+MOST_PARTS: Final = 1_000
+"""Indexes that are held one by one."""
 
 
 class SpeakerKey(NamedTuple):
@@ -113,12 +115,15 @@ def write_columns(root: str, records: Sequence[DoneRecord]) -> None:
         return
     with store.scratch() as scratch:
         with pq.ParquetWriter(scratch / "pack", PACK_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-            held: list[pa.Table] = []
+            held, rows = list[pa.Table](), 0
             for name, table in _indexes(store, shards):
                 held.append(table.add_column(0, "index", pa.repeat(name, table.num_rows)).cast(PACK_SCHEMA))
-                if sum(part.num_rows for part in held) >= GROUP_ROWS:
+                rows += table.num_rows
+                if rows >= GROUP_ROWS:
                     writer.write_table(pa.concat_tables(held))
-                    held = []
+                    held, rows = [], 0
+                elif len(held) >= MOST_PARTS:
+                    held = [pa.concat_tables(held).combine_chunks()]
             if held:
                 writer.write_table(pa.concat_tables(held))
         store.put(scratch / "pack", PACK)

@@ -19,6 +19,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Writes five shards of three segments; row groups of the pack have two shards."""
     monkeypatch.setattr(statistics, "FEWEST", 2)
     monkeypatch.setattr(statistics, "GROUP_ROWS", 5)
+    monkeypatch.setattr(statistics, "MOST_PARTS", 2)
     return str(write_shards(tmp_path, [sounds([2.0, 3.0, 4.0 + n], corpus=f"c{n % 2}") for n in range(5)]))
 
 
