@@ -59,7 +59,7 @@ PILOT_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 RATES = {"full": 3e-3, "lora": 1e-2, "adapter": 3e-3, "bias": 1e-2, "prompt": 1e-2, "head": 1e-2}
 """Peak learning rates, the best ones of `--pilot`: English words of other speakers and another corpus.
 
-LoRA's factor alpha / rank = 1 was chosen on the splits train and valid of the Arabic digits: two of the twelve speakers.
+LoRA's factor alpha / rank = 1 was chosen on the split valid of the Arabic digits: two of the twelve speakers.
 """
 
 
