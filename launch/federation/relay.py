@@ -189,7 +189,8 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
     grid.set_run(run)
     write_frame(answers, {"ready": address})
 
-    mail = Mail(grid)
+    arrivals = beside("arrivals").Arrivals(grid)
+    mail = Mail(arrivals)
     while (frame := read_frame(commands)) is not None:
         head, body = frame
         if process.poll() is not None:
@@ -202,7 +203,7 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
             continue
         if head["do"] == "sum":
             asked = head["nodes"], head["head"], body, head["seconds"], head["least"]
-            included, mean = secure_sum.mean_of(grid, context_from_proto(given.context), *asked)
+            included, mean = secure_sum.mean_of(arrivals, context_from_proto(given.context), *asked)
             write_frame(answers, {"nodes": included}, mean)
             continue
         sent = mail.send(head["nodes"], head["head"], body, head["seconds"])
@@ -218,7 +219,7 @@ class Mail:
     """Requests to nodes and their replies, as frames.
 
     Args:
-        grid: of Flower.
+        grid: `Arrivals`.
     """
 
     def __init__(self, grid: Any) -> None:
