@@ -26,7 +26,11 @@ FIRST = "to train on: "
 SHORTER: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
     ("pretrain *dice_hubert_tiny*", tuple(x for x in (*TRAINING, *CHAIN) if not x.startswith("train.steps")), {}),
     ("pretrain *prune_tiny*", (*TRAINING, "objective.sparsity=0.01", "objective.sparsity_steps=1"), {}),
-    ("pretrain *supernet_tiny*", (*TRAINING, "objective.elastic.warmup_steps=0", "data.micro_batches=3"), {}),
+    (
+        "pretrain *supernet_tiny*",
+        (*TRAINING, "objective.elastic.warmup_steps=0", "data.micro_batches=3", "data.batch_seconds=12"),
+        {},
+    ),
     ("pretrain *", TRAINING, {}),
     ("targets *features=mfcc", ("classes=20",), {}),
     ("targets *", (), {"classes=100": "classes=20"}),
