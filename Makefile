@@ -11,8 +11,9 @@ setup: ## create .venv with the pinned versions of constraints.txt
 demo: setup ## speech -> shards -> a pretrained checkpoint, in minutes; CORPUS=FOLDER uses your own audio
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
 
+# three workers on two cores: tests of clusters, kills and time limits mostly wait
 test: setup ## the test suite without the slow proofs; AURICLE_SPEECH=FOLDER adds the tests on real speech
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 AMX_UNIT := $(addprefix tests/unit/pretrain/,nn/test_amx.py nn/test_convolution.py profiling/test_operation_check.py)
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, and the order in which two workers take the test files."""
+"""Fixtures shared by all tests, and the order in which three workers take the test files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets its workers wait for the other tests
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="auricle-tests-")  # the list of indexed folders of tars
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, which children inherit
@@ -61,5 +62,5 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadfile --no-loadscope-reorder`."""
+    """For `-n 3 --dist loadfile --no-loadscope-reorder`."""
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
