@@ -207,6 +207,7 @@ def report(given: Namespace, gains: Mapping[str, list[float]], figures: dict[str
         f"{machine}). With absent devices, more rounds give the same amount of audio.", "",
         *markdown_table(("run", "points over random weights", "by seed", "share of the central gain"), rows), "",
         f"The gates (95 % where all answer, 90 % where 30 % never do) are {'passed' if passed else 'missed'}.",
+        "Devices are objects of one process, without Flower; sums of gradients alone.", "",
         f"Made by `python benchmarks/prove/federated.py --updates {figures['rounds']}`.", "",
     ]  # fmt: skip
     (given.out / "federated.md").write_text("\n".join(page), encoding="utf-8")
