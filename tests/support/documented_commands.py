@@ -172,6 +172,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
 """In the order in which they run: later commands read what earlier ones wrote. Tuples are the test's own commands."""
 
 COMPOSED = {
+    "pretrain *maml_words_tiny*": "needs words of many speakers; benchmarks/prove/meta.py trains",
     "*runs/T*": "begins with a trained teacher; tests/end_to_end/test_small_models.py runs docs/compression.md",
     "*runs/S*": "as runs/T",
     "preprocess corpus=manifest corpus.path=MANIFEST out=shards": "tests/end_to_end/test_small_models.py",
