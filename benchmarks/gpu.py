@@ -152,8 +152,9 @@ def measure_recipes(args: argparse.Namespace) -> dict[str, Any]:
     batch, seconds = (1, 1.0) if args.quick else (32, 15.0) if args.device == "cuda" else (4, 5.0)
     recipes = ["efficient_base"] if args.quick else ["all"]
     settings = {"batch": batch, "seconds": seconds, "warm_up": 0 if args.quick else 2, "recipes": recipes}
-    precision = ("bf16",) if args.quick else train_step.PRECISIONS
-    return train_step.measure(argparse.Namespace(device=args.device, steps=args.steps, precision=precision, **settings))
+    settings |= {"precision": ("bf16",) if args.quick else train_step.PRECISIONS}
+    settings |= {"compiled": "none" if args.quick else "peer"}
+    return train_step.measure(argparse.Namespace(device=args.device, steps=args.steps, **settings))
 
 
 def measure_attention(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --recipes all      # every objective against wav2vec2-base
     python benchmarks/train_step.py --device cuda --batch 32 --seconds 15
 
-Audio and masks are the same for all. Prints audio-seconds per second and the ratio to the faster precision of
-transformers and to auricle's wav2vec2-base; on a GPU also audio-hours per GPU-hour and MFU. transformers and torchaudio
-are left out where they are not installed.
+Audio and masks are the same for all. transformers runs eagerly and compiled by torch with static shapes, auricle
+compiled with `--compiled all`. Prints audio-seconds per second and the ratio to the fastest mode of transformers and to
+auricle's wav2vec2-base; on a GPU also audio-hours per GPU-hour and MFU, on a CPU the rate of each row's products beside
+that of a large matrix product. transformers and torchaudio are left out where they are not installed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import statistics
 import sys
 import time
@@ -86,6 +88,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 FIRST_PHASE = {"efficient_base": 0.25}
 """Share of the updates before the model's own layer gives the units, 50,000 of 200,000; then a teacher listens, too."""
 PRECISIONS = ("fp32", "bf16")
+COMPILING_STEPS = 3
+"""Further steps without a measurement: layer drop takes other paths than the first step, which compile as well."""
 FIRST = ("wav2vec2_base", "hubert_base", "efficient_base")
 CTX = StepContext(seed=0, step=0)
 
@@ -103,6 +107,21 @@ def speech_batch(size: int, seconds: float, device: str) -> Batch:
 def ours(recipe: str, precision: str, device: str) -> TrainModule:
     values = RECIPES[recipe] | {"data": {"shards": "none"}, "engine": {"precision": precision}}
     return build_model(load(Config, values)).to(device)
+
+
+def compile_module(module: torch.nn.Module) -> None:
+    """Compiles the module for static shapes, without the messages on what cannot be compiled."""
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    torch._dynamo.reset()
+    module.compile(dynamic=False)
+
+
+def product_rate(precision: str) -> float:
+    """Measures operations per second of CPU time of a large matrix product, the limit of a step's products."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    factors = torch.randn(2, 4096, 4096).to(kind)
+    _, used = seconds_per_step(lambda _: float(torch.mm(factors[0], factors[1])[0, 0]), 5, 1, "cpu")
+    return 2 * 4096**3 / used
 
 
 def our_step(module: TrainModule, batch: Batch) -> Callable[[int], float]:
@@ -251,12 +270,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     gpu = hardware.find_gpu(machine(args.device)) if args.device == "cuda" else None
     rows: list[dict[str, Any]] = []
 
-    def add(model: str, precision: str, step: Callable[[int], float], operations: int | None) -> None:
-        taken, used = seconds_per_step(step, args.steps, args.warm_up, args.device)
+    rates = {precision: product_rate(precision) for precision in PRECISIONS if args.device == "cpu"}
+
+    def add(model: str, precision: str, step: Callable[[int], float], operations: int | None, warm_up: int = 0) -> None:
+        taken, used = seconds_per_step(step, args.steps, args.warm_up + warm_up, args.device)
         row = {"model": model, "precision": precision, "step_s": taken, "audio_s_per_s": audio / taken}
         row["audio_s_per_cpu_s"] = audio / used
         if operations:
             row["gflop_per_audio_s"] = operations / audio / 1e9
+        if operations and rates:
+            row["product_rate_share"] = operations / used / rates[precision]
         if operations and args.device == "cuda":
             row["audio_h_per_gpu_h"] = audio / taken
             row["mfu"] = operations / taken / (gpu.half * 1e12) if gpu else None
@@ -266,6 +289,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(args.device), "torch": torch.__version__, "rows": rows}
     result |= {"batch": args.batch, "seconds": args.seconds, "steps": args.steps}
     print(f"{result['machine']}, torch {torch.__version__}, {args.batch} × {args.seconds:g} s")
+    if rates:
+        result["product_flops_per_cpu_s"] = rates
+        print("a product of 4096 × 4096:", ", ".join(f"{key} {rate / 1e12:.3f} TFLOP/s" for key, rate in rates.items()))
     try:
         peer: Any = theirs(args.device)
     except ImportError:
@@ -278,6 +304,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"contrastive loss, same weights and masks: ours {mine:.7f}, transformers' {other:.7f}")
         for precision in PRECISIONS:
             add("transformers wav2vec2-base", precision, their_step(peer, module, batch, precision), None)
+        if args.compiled != "none":
+            compile_module(peer)
+            for precision in PRECISIONS:
+                step = their_step(peer, module, batch, precision)
+                add("transformers wav2vec2-base, compiled", precision, step, None, warm_up=COMPILING_STEPS)
         del peer
     try:
         hubert: Any = torchaudio_hubert(args.device)
@@ -297,6 +328,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 name = f"ours {recipe}, relabelled"
                 add(name, precision, our_step(module, batch), step_flops(module, batch))
                 rows.append(whole_run(rows[-2:], FIRST_PHASE[recipe]))
+            if args.compiled == "all":
+                operations = step_flops(module, batch)
+                compile_module(module.model.encoder)
+                name = f"{rows[-1]['model'].removesuffix(', whole run')}, compiled"
+                add(name, precision, our_step(module, batch), operations, warm_up=COMPILING_STEPS)
     compare(rows)
     return result
 
@@ -326,7 +362,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
                 row[f"ratio_{peer.split()[-1]}{suffix}"] = row[key] / best
     for row in rows:
         ratios = [f"{name[6:]} {value:.2f}" for name, value in row.items() if name.startswith("ratio_")]
-        print(f"{row['model']:<40} {row['precision']}  × the faster mode of: {', '.join(ratios)}")
+        print(f"{row['model']:<40} {row['precision']}  × the fastest mode of: {', '.join(ratios)}")
 
 
 def main() -> None:
@@ -340,6 +376,9 @@ def main() -> None:
         "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of ours; peers run in both"
     )
     parser.add_argument("--recipes", nargs="+", choices=("all", *RECIPES), default=FIRST)
+    parser.add_argument(
+        "--compiled", choices=("none", "peer", "all"), default="peer", help="also run compiled; all: our encoders, too"
+    )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args()
