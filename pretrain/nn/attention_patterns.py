@@ -1,6 +1,7 @@
 """Attention patterns, computed without an F × F mask where possible.
 
-A pattern is computed block by block (any device, any dropout), or on a GPU with FlexAttention.
+A pattern is computed block by block (any device, any dropout), with an F × F mask for few frames on a CPU, or on a GPU
+with FlexAttention.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pretrain.nn.packing import TimeGrid
 
 BLOCK = 128
 """Frames per block of queries and of keys in FlexAttention."""
+DENSE_FRAMES = 512
+"""Most frames of a row whose pattern a CPU computes with an F × F mask, where that is faster (docs/findings.md)."""
 
 
 class Pattern(NamedTuple):
@@ -135,11 +138,22 @@ def _utterances(
         elif context.valid_BF is not None:
             bias = bias.masked_fill(~context.valid_BF[:, None, None], float("-inf"))
         return attend(q, k, v, bias.to(q.dtype), p)
+    chunked = 0 < pattern.chunk < n_frames - context.n_registers
+    if pattern.reach is None and not chunked:
+        return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
+    if q.device.type == "cpu" and not torch.compiler.is_exporting() and _dense_is_faster(pattern, n_frames):
+        rows = 1 if context.valid_BF is None else len(q)
+        return attend(q, k, v, dense_mask(context, rows, n_frames, q.device)[:, None], p)
+    return chunked_attention(q, k, v, context, p) if chunked else local_attention(q, k, v, context, p)
+
+
+def _dense_is_faster(pattern: Pattern, n_frames: int) -> bool:
+    """Returns whether a CPU masks all pairs faster than it computes block by block, forward and backward."""
+    if n_frames > DENSE_FRAMES:
+        return False
     if pattern.reach is not None:
-        return local_attention(q, k, v, context, p)
-    if 0 < pattern.chunk < n_frames - context.n_registers:
-        return chunked_attention(q, k, v, context, p)
-    return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
+        return n_frames <= max(128, 4 * pattern.reach)
+    return n_frames <= 256 or pattern.left_chunks < 0
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:

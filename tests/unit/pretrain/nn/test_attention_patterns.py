@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.nn import attention_patterns
 from pretrain.nn.attention_patterns import BLOCK, AttentionContext, Pattern, dense_mask, flex_mask, pattern_attention
 from tests.support.parity_table import Parity
 
@@ -68,7 +69,12 @@ def packed(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, 
 
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_blockwise_and_flex_attention_equal_the_dense_mask(name: str, layout: object, parity: Parity) -> None:
+@pytest.mark.parametrize("dense_frames", [0, 512])
+def test_blockwise_and_flex_attention_equal_the_dense_mask(
+    name: str, layout: object, dense_frames: int, parity: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dense_frames: 0 computes block by block, 512 masks all pairs where the pattern is not full attention."""
+    monkeypatch.setattr(attention_patterns, "DENSE_FRAMES", dense_frames)
     torch.manual_seed(0)
     context, mask, counts_BF = layout(*PATTERNS[name])  # type: ignore[operator]
     rows, total = counts_BF.shape
