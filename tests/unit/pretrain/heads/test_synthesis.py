@@ -114,6 +114,23 @@ def test_training_batches_are_shown_at_the_updates_of_media_every_alone(tmp_path
     assert [event.step for event in events.Audio("media/voice/spoken")] == [100]
 
 
+def test_held_out_sentences_are_shown_at_every_measurement(tmp_path: Path) -> None:
+    """The same sentence each time, at steps at which no training batch is due."""
+    module, folder = module_of().eval(), RunFolder(tmp_path)
+    folder.claim()
+    settings = config(train={"steps": 200, "log_every": 10, "media_every": 100})
+    with MetricsWriter(folder, settings, module, resumed_at=0) as writer:
+        for step in (20, 40):
+            writer.expect_held_out()
+            run(module, labelled(batch()), step)
+            writer.log(step, {}, {})
+    events = EventAccumulator(str(folder.tensorboard), {"images": 0, "audio": 0}).Reload()
+    for name in ("alignment", "mel_recorded", "mel_predicted"):
+        assert [event.step for event in events.Images(f"media/voice/{name}")] == [20, 40]
+    first, second = (event.encoded_audio_string for event in events.Audio("media/voice/recorded"))
+    assert first == second
+
+
 def test_weights_trained_with_other_mel_frames_are_refused() -> None:
     module = module_of()
     state = module.state_dict()
