@@ -38,7 +38,7 @@ from pretrain.compression.architecture_search import Budget, Scores, SubnetCost,
 from pretrain.compression.cut import cut_subnet  # noqa: E402
 from pretrain.compression.latency import LatencyModel, megabytes  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
-from pretrain.evaluate.frozen_encoders import freeze, log_mel_with_context  # noqa: E402
+from pretrain.evaluate.frozen_encoders import freeze, last_layer, log_mel_with_context  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.interfaces.subnets import Space, Subnet  # noqa: E402
@@ -96,8 +96,8 @@ def probe(manifest: Path, ask: str, most: int) -> TaskEvaluation:
 
 
 def tested(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> Tally:
-    """Returns hits and trials by speaker of a subnet."""
-    return tallies(task, freeze(cut_subnet(found, subnet).module.model, subnet_label(subnet)))[0]
+    """Returns hits and trials by speaker of a subnet's last layer."""
+    return tallies(task, last_layer(freeze(cut_subnet(found, subnet).module.model, subnet_label(subnet))))[0]
 
 
 def latency_table(run: Path, given: Namespace) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class FrozenEncoder:
     """The run that it is of, with its heads; None for others."""
 
 
+def last_layer(encoder: FrozenEncoder) -> FrozenEncoder:
+    """Returns the encoder with its last layer alone, which is what a small model gives where it is deployed."""
+    return dataclasses.replace(encoder, encode=lambda wave_T: encoder.encode(wave_T)[-1:])
+
+
 @contextlib.contextmanager
 def followed(encoder: FrozenEncoder, utterances: int, console: Console | None = None) -> Iterator[FrozenEncoder]:
     """Shows on a terminal how many utterances the encoder has encoded while the block runs.

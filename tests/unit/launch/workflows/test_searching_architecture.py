@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.core.schema import ConfigError
 from launch.main import main
 from launch.workflows import searching_architecture as searching
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.compression.cut import cut_subnet
 from pretrain.compression.latency import measured_subnets
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze
+from pretrain.evaluate.metrics import Tally
 from pretrain.interfaces.subnets import ElasticConfig, Space, Subnet
 from tests.support.training import save
 
@@ -74,6 +79,23 @@ def test_finalists_become_runs_and_a_second_call_adds_no_score(
     assert json.loads((tmp_path / "found" / "front.json").read_text()) == found
     assert main([*line, *limits, "--seed", "1"]) == 2
     assert "holds a search with another seed; give a new folder" in capsys.readouterr().err
+
+
+class HeardLayers:
+    """A task that keeps the features that it would judge."""
+
+    def scores(self, encoder: Callable[[int], FrozenEncoder], same: bool) -> dict[str, list[Tally]]:
+        self.layers_LFD = encoder(0).encode(torch.arange(8_000) / 8_000)
+        return {"heard": [{"speaker": (1.0, 2.0)}]}
+
+
+def test_a_subnet_is_judged_by_its_last_layer(tmp_path: Path) -> None:
+    save(tmp_path / "super", 2, objective={"name": "distil", "elastic": ELASTIC})
+    _, found, space = searching.open_supernet(str(tmp_path / "super"))
+    task = HeardLayers()
+    assert searching.subnet_score(task, found, space.largest) == 0.5  # type: ignore[arg-type]
+    whole = freeze(cut_subnet(found, space.largest).module.model, "whole")
+    assert torch.equal(task.layers_LFD, whole.encode(torch.arange(8_000) / 8_000)[-1:])
 
 
 def test_what_cannot_be_searched_is_refused(line: list[str], tmp_path: Path) -> None:
