@@ -44,7 +44,9 @@ class LocalConfig(LauncherConfig):
 
     name: Annotated[Literal["local"], about("this machine")] = "local"
     processes: Annotated[int, about("ranks to start; 0: one per GPU, or one without GPUs", ge=0)] = 0
-    threads: Annotated[int, about("CPU threads per rank; 0: divide the cores among the ranks", ge=0)] = 0
+    threads: Annotated[
+        int, about("CPU threads per rank; 0: OMP_NUM_THREADS, or without it the cores divided among the ranks", ge=0)
+    ] = 0
     devices: Annotated[int, about(DEVICES, ge=0)] = 0
     grace_seconds: Annotated[
         float, about("time to save a checkpoint on a stop request; 0: 30 s plus three of the longest updates", ge=0)

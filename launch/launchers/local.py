@@ -12,6 +12,15 @@ from launch.launchers.processes import ChildProcesses
 from launch.workers.environment import RANK_LOGS
 
 
+def threads_per_rank(threads: int, processes: int) -> int:
+    """Returns `threads` unless 0, else OMP_NUM_THREADS where it is a positive number, else a share of the cores.
+
+    More threads than free cores wait for each other in every operation, several times as long as one alone.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return threads or (int(given) if given.isdecimal() else 0) or max(1, (os.cpu_count() or 1) // processes)
+
+
 class LocalSubmitter(ChildProcesses):
     """Starts N ranks under the `deepspeed` launcher, or one rank of the torch engine without it.
 
@@ -42,7 +51,7 @@ class LocalSubmitter(ChildProcesses):
         self._launcher = engine == "deepspeed" or processes > 1
         self._module, self._devices = module, config.devices
         variables = {
-            "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // processes)),
+            "OMP_NUM_THREADS": str(threads_per_rank(config.threads, processes)),
             "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
             "PYTHONUNBUFFERED": "1",
             RANK_LOGS: "1",

@@ -18,7 +18,7 @@ from data_pipeline.core.loopback import free_port
 from data_pipeline.core.schema import ConfigError
 from launch.config import LocalConfig
 from launch.exit_codes import ExitCode
-from launch.launchers.local import LocalSubmitter, failure_report
+from launch.launchers.local import LocalSubmitter, failure_report, threads_per_rank
 from launch.launchers.process_guard import LEAST_GRACE, grace_seconds
 from launch.launchers.processes import find_process
 from launch.workflows.attended_run import run_attended
@@ -186,6 +186,18 @@ def test_a_second_signal_kills_the_ranks_at_once(tmp_path: Path, submit: Callabl
     front.terminate()
     front.wait(timeout=20)
     assert not any(alive(file) for file in [*tmp_path.glob("pid_*"), *tmp_path.glob("helper_*")])
+
+
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("0", 4), ("2,1", 4), (None, 4)])
+def test_threads_of_a_rank_follow_the_environment(
+    given: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_per_rank(0, processes=2) == threads
+    assert threads_per_rank(5, processes=2) == 5
 
 
 def test_the_grace_period_follows_from_the_time_per_update(tmp_path: Path) -> None:
