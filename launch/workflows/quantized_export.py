@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
         quantization.require_accurate(
             lost, lambda: quantization.worst_block(files[0], graph, nodes, options.mode, waves[:8])
         )
+        shutil.copy(exact / "features.json", small)
         points = probe_loss(exact, small, options.manifest) if options.manifest is not None else None
         sizes = [file.stat().st_size / 1e6 for file in files]
         described = json.loads((exact / "features.json").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from pretrain.compression.quantization import Lost, lost, quantize, require_accu
 from pretrain.evaluate.graph_encoder import open_graph_encoder
 from pretrain.nn.block_stack import BlockStack
 from tests.support.tiny_shards import sounds, write_shards
+from tests.support.tones import write_tones
 from tests.support.training import save
 
 onnx = pytest.importorskip("onnx")
@@ -107,8 +108,13 @@ def test_an_int8_export_quantises_linear_layers_only_and_is_compared(
 
     monkeypatch.setattr(quantized_export, "export_graph", once)
     line = ["export", RUN.format(tmp_path), str(tmp_path / "out"), "--to", "onnx", "--int8", "static"]
-    assert main([*line, "--shards", shards]) == 0
-    assert "frames change their cluster" in capsys.readouterr().out
+    tones = write_tones(tmp_path / "tones")
+    (tones / "phones").mkdir()
+    shutil.copy(tones / "phones.tsv", tones / "phones" / "auto_pocketsphinx.tsv")
+    assert main([*line, "--shards", shards, "--manifest", str(tones / "manifest.tsv")]) == 0
+    said = capsys.readouterr().out
+    assert "frames change their cluster" in said
+    assert "probes of phones lose" in said
     graph, model = onnx.load(tmp_path / "out" / "model.onnx"), load_checkpoint(find_checkpoint(str(tmp_path / "run")))
     kinds = [node.op_type for node in graph.graph.node]
     encoder = model.module.model.encoder
@@ -177,6 +183,6 @@ def test_a_probe_that_loses_points_refuses_the_graph(tmp_path: Path, monkeypatch
         return [ResultRow("phones", "non-silence frames", who, value) for who, value in (("fp32", 0.5), ("int8", 0.48))]
 
     monkeypatch.setattr("pretrain.evaluate.evaluator.evaluate", rows)
-    monkeypatch.setattr("pretrain.evaluate.graph_encoder.open_graph_encoder", lambda folder: None)
+    monkeypatch.setattr("pretrain.evaluate.graph_encoder.open_graph_encoder", lambda folder: None)  # of no graph
     with pytest.raises(ConfigError, match=r"lose 2.0 points \(allowed: 1\), 50.0 → 48.0"):
         quantized_export.probe_loss(tmp_path, tmp_path, "")
