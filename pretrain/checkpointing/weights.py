@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.schema import load as load_config
 from pretrain.checkpointing.locate import remedy
 from pretrain.checkpointing.stored import read_state
@@ -75,8 +76,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Those that a folder of tuned weights does not hold (pretrain.checkpointing.tuned) are its base's.
 
     Raises:
-        ValueError: the file is missing or cannot be read, its checksum differs from that in state.json, or the base is
-            missing or another one.
+        ConfigError: the base of tuned weights is missing or another one.
+        ValueError: the file is missing or cannot be read, or its checksum differs from that in state.json.
     """
     base = read_state(folder).get("base")
     own = _read_file(folder)
@@ -92,10 +93,10 @@ def _read_base(folder: Path, base: Mapping[str, str]) -> dict[str, Tensor]:
     try:
         state = read_state(place)
     except ValueError as error:
-        raise ValueError(f"{folder}: its base cannot be read; {remedy}: {error}") from error
+        raise ConfigError(f"{folder}: its base cannot be read; {remedy}: {error}") from error
     found = state["sha256"][MODEL]
     if found != base["sha256"] or state.get("base"):
-        raise ValueError(
+        raise ConfigError(
             f"{folder}: was tuned on a base with sha256 {base['sha256'][:12]}…, and {place} has {found[:12]}…; {remedy}"
         )
     return _read_file(place)

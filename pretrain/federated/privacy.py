@@ -55,7 +55,9 @@ class Privacy:
         return torch.randn(shape, generator=generator) * (self.settings.noise * self.settings.clip)
 
     def epsilon(self, spent: Spent) -> float:
-        """Returns ε at `delta` of the rounds in a ledger (Rényi accountant of opacus).
+        """Returns ε at `delta` of the rounds in a ledger, by the accountant of opacus that the settings name.
+
+        `rdp` is Mironov's Rényi accountant (arXiv 1908.10530), `prv` the upper bound of Gopi et al. (arXiv 2106.02848).
 
         Raises:
             ConfigError: opacus is not installed.
@@ -63,12 +65,12 @@ class Privacy:
         if not spent:
             return 0.0
         try:
-            from opacus.accountants import RDPAccountant
+            from opacus.accountants import PRVAccountant, RDPAccountant
         except ImportError as error:
             raise ConfigError(
                 f"engine.federated.noise={self.settings.noise:g}: needs opacus: pip install opacus"
             ) from error
-        accountant = RDPAccountant()
+        accountant = PRVAccountant() if self.settings.accountant == "prv" else RDPAccountant()
         accountant.history = list(spent)
         return float(accountant.get_epsilon(self.settings.delta))
 

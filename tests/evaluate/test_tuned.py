@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
 from launch.exit_codes import ExitCode
 from launch.main import main
 from launch.workflows.adapting import classify
 from pretrain.adaptation.tasks import open_tasks
+from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.evaluate.manifest import read_audio, read_manifest
 from tests.support.documents import commands, programs
 from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
+from tests.support.training import save
 
 PAGE = ROOT / "docs" / "few_weights.md"
 LABELS = ("low", "high")
@@ -69,6 +74,36 @@ def test_fewer_than_two_classes_are_refused(
     said = " ".join(capsys.readouterr().err.split())
     assert "two classes or more; has low (3 clips)" in said
     assert "1 clips cannot be used: low/odd.wav" in said
+
+
+def test_another_base_ends_each_command_with_exit_code_2_and_both_checksums(
+    clips: Path, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, other, out = tmp_path / "tuned", tmp_path / "other", str(tmp_path / "out")
+    shutil.copytree(adapted / "tuned", tuned)
+    save(other, 4, seed=1)
+    place, base = find_checkpoint(str(other)), read_state(tuned)["base"]
+    shards = write_shards(tmp_path / "shards", [sounds([1.0] * 8)])
+    sizes = [
+        f"encoder.{size}" for size in ("dim=32", "layers=2", "heads=2", "ffn_dim=64", "norm=post", "positions=conv")
+    ]
+    sizes.append("tune.name=prompt")
+    given_run = ["+experiment=best_rq_tiny", f"data.shards={shards}", "launcher.processes=1", "device=cpu"]
+    given = (
+        ["export", str(tuned), out, "--to", "torchscript"],
+        ["compress", str(tuned), out],
+        ["pretrain", *given_run, f"init={tuned}", f"runs={tmp_path / 'runs'}", *sizes],
+        ["transcribe", f"checkpoint={tuned}", f"files={clips / 'low/0-low-0.wav'}"],
+    )
+    checksums = f"was tuned on a base with sha256 {base['sha256'][:12]}…, and {place} has"
+    for new, said in ((place, checksums), (tmp_path / "gone", "its base cannot be read")):
+        state = json.loads((tuned / "state.json").read_text())
+        write_json(tuned / "state.json", state | {"base": base | {"checkpoint": str(new)}})
+        for words in given:
+            assert main(words) == ExitCode.USAGE, words
+            shown = " ".join(capsys.readouterr().err.split())
+            assert said in shown
+            assert f"write the base's place into {tuned / 'state.json'}" in shown
 
 
 def test_one_base_serves_tasks_in_a_batch(corpus: Path, adapted: Path) -> None:

@@ -72,14 +72,14 @@ def test_another_base_is_refused_by_both_checksums(base: Path, tmp_path: Path) -
     other, state = find_checkpoint(str(tmp_path / "other")), tmp_path / "tuned" / "state.json"
     values = json.loads(state.read_text())
     state.write_text(json.dumps(values | {"base": values["base"] | {"checkpoint": str(other)}}))
-    with pytest.raises(ValueError, match="was tuned on a base with sha256") as refused:
+    with pytest.raises(ConfigError, match="was tuned on a base with sha256") as refused:
         load_checkpoint(tmp_path / "tuned")
     theirs = json.loads((other / "state.json").read_text())["sha256"][MODEL]
     assert values["base"]["sha256"][:12] in str(refused.value)
     assert theirs[:12] in str(refused.value)
     assert "base.checkpoint" in str(refused.value)
     state.write_text(json.dumps(values | {"base": values["base"] | {"checkpoint": str(tmp_path / "gone")}}))
-    with pytest.raises(ValueError, match="its base cannot be read"):
+    with pytest.raises(ConfigError, match="its base cannot be read"):
         load_checkpoint(tmp_path / "tuned")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.inner_loop import descend, step_shares
+from pretrain.engines.meta import MetaEngine
 from pretrain.heads.episode import prototypes
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.heartbeat import Heartbeat
@@ -144,6 +146,43 @@ def test_foblo_moves_along_the_outer_steps_alone() -> None:
     for name in names:
         expected = start[name] + 0.5 * (outer[name] - inner[name])
         torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_foblo_adapts_by_the_objective_without_labels_and_learns_by_the_head() -> None:
+    """Inner steps are those of the self-supervised loss on the support, outer ones those of the head on the queries."""
+    config = settings("best_rq", "classifier", method="foblo", inner="objective", outer="task", inner_lr=0.01)
+    engine = engine_of(config)
+    assert isinstance(engine, MetaEngine)
+    plan = engine._planned(episode(0), CTX)
+    plain = copy.deepcopy(engine.module)
+    learning = {name: weight for name, weight in plain.named_parameters() if weight.requires_grad}
+
+    def descended(batch: Batch, passes: Sequence[Any], task: str) -> dict[str, Tensor]:
+        for one in passes:
+            plain.zero_grad()
+            drawn = plain.prepare(batch, one.ctx)
+            counts_K = drawn.counts_K * torch.tensor([float(name == task) for name in plain.tasks])
+            plain(batch, drawn, counts_K, one.ctx)[0].backward()
+            with torch.no_grad():
+                for weight in learning.values():
+                    if weight.grad is not None:
+                        weight -= 0.01 * weight.grad
+        return {name: weight.detach().clone() for name, weight in learning.items()}
+
+    start = {name: weight.detach().clone() for name, weight in learning.items()}
+    unlabelled = replace(plan.support, labels={name: ("",) * 2 for name in plan.support.labels})
+    inner = descended(unlabelled, plan.inner, "objective")
+    outer = descended(plan.queries, plan.outer, "task")
+    parts = {part: [name for name in learning if name.startswith(part)] for part in ("model.", "objective.", "heads.")}
+    assert all(parts.values())
+    for before, after, moved in ((start, inner, {"model.", "objective."}), (inner, outer, {"model.", "heads."})):
+        for part, names in parts.items():
+            changed = any(not torch.equal(before[name], after[name]) for name in names)
+            assert changed == (part in moved), part
+    engine.step([episode(0)], CTX, 0.5)
+    for name, weight in engine.module.named_parameters():
+        if name in start:
+            torch.testing.assert_close(weight, start[name] + 0.5 * (outer[name] - inner[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_shares_of_the_multi_step_loss_move_to_the_last_step() -> None:
