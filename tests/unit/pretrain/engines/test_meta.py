@@ -170,7 +170,7 @@ def test_foblo_adapts_by_the_objective_without_labels_and_learns_by_the_head() -
         return {name: weight.detach().clone() for name, weight in learning.items()}
 
     start = {name: weight.detach().clone() for name, weight in learning.items()}
-    unlabelled = replace(plan.support, labels={name: ("",) * 2 for name in plan.support.labels})
+    unlabelled = replace(plan.support, labels=dict.fromkeys(plan.support.labels, ("",) * 2))
     inner = descended(unlabelled, plan.inner, "objective")
     outer = descended(plan.queries, plan.outer, "task")
     parts = {part: [name for name in learning if name.startswith(part)] for part in ("model.", "objective.", "heads.")}
