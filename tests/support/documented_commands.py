@@ -172,7 +172,8 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
 """In the order in which they run: later commands read what earlier ones wrote. Tuples are the test's own commands."""
 
 COMPOSED = {
-    "pretrain *maml_words_tiny*": "needs words of many speakers; benchmarks/prove/meta.py trains",
+    "*maml_words_tiny*": "tests/end_to_end/test_meta_learning.py runs docs/meta_learning.md",
+    "preprocess *out=words *": "as the commands of maml_words_tiny",
     "*runs/T*": "begins with a trained teacher; tests/end_to_end/test_small_models.py runs docs/compression.md",
     "*runs/S*": "as runs/T",
     "preprocess corpus=manifest corpus.path=MANIFEST out=shards": "tests/end_to_end/test_small_models.py",
@@ -186,7 +187,7 @@ COMPOSED = {
     "jobs requeue *": "needs a job that failed; tests/unit/launch/commands/test_jobs.py",
     "serve *": "serves until it is stopped; tests/unit/launch/serving",
     "board *": "serves until it is stopped; tests/board",
-    "pretrain *engine.name=meta*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
+    "pretrain *engine.name=meta*": "tests/end_to_end/test_meta_learning.py runs it",
     "preprocess corpus=common_voice *": "needs a corpus of this layout; "
     "tests/unit/data_pipeline/corpora/test_layouts.py",
     "preprocess corpus=librispeech *": "needs a corpus of this layout; "
