@@ -83,7 +83,9 @@ class Privacy:
 
     def affordable(self, spent: Spent, rounds: int) -> int:
         """Returns how many of `rounds` further rounds the budget allows."""
-        low, high = 0, rounds
+        if rounds and self.epsilon(self.with_rounds(spent, rounds)) <= self.settings.epsilon:
+            return rounds  # one call of the accountant in each round, not one for each power of two
+        low, high = 0, max(0, rounds - 1)
         while low < high:
             middle = (low + high + 1) // 2
             within = self.epsilon(self.with_rounds(spent, middle)) <= self.settings.epsilon
