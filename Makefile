@@ -41,15 +41,12 @@ prove: setup ## quality of pretraining against three baselines, half an hour: be
 	$(BIN)/python benchmarks/prove/quality.py
 
 prove-slow: setup ## the slow proofs that `make test` leaves out
-	$(BIN)/python -m pytest -m slow
-	$(BIN)/python benchmarks/prove/detectors.py
-	$(BIN)/python benchmarks/prove/time_contrastive.py
-	$(BIN)/python benchmarks/prove/separation.py
-	$(BIN)/python benchmarks/prove/recognition.py
-	$(BIN)/python benchmarks/prove/synthesis.py
-	$(BIN)/python benchmarks/prove/units.py
-	$(BIN)/python benchmarks/prove/style.py
-	$(BIN)/python -m benchmarks.faults.soak
+	@missed=; for proof in "-m pytest -m slow" benchmarks/prove/synthesis.py \
+		"benchmarks/prove/units.py --beside benchmarks/results/synthesis.json" \
+		benchmarks/prove/detectors.py benchmarks/prove/time_contrastive.py benchmarks/prove/separation.py \
+		benchmarks/prove/recognition.py benchmarks/prove/style.py "-m benchmarks.faults.soak"; do \
+		echo "== $$proof"; $(BIN)/python $$proof || missed="$$missed\n  $$proof"; done; \
+	if [ -n "$$missed" ]; then printf "failed, or missed a goal:$$missed\n"; exit 1; fi
 
 parity-table: setup ## agreement with other implementations and with itself: benchmarks/results/parity.md
 	$(BIN)/python -m pytest --parity-table benchmarks/results/parity.md

@@ -13,7 +13,7 @@ PocketSphinx, which accepts any string of digits, then listens to
     untrained     from text before training
 
 Then `auricle speak` says "three one four" into pi.wav of --work, and measured are the time of one core for a second of
-speech, and text to mel frames beside transformers' FastSpeech2ConformerModel of the same size. Writes
+speech, and text to mel frames beside transformers' FastSpeech2ConformerModel with as many layers and channels. Writes
 benchmarks/results/synthesis.md, .json and .png. Exit code 1 unless the digit error of the text is at most twice that of
 the recordings through the vocoder, and the real-time factor at most 0.2.
 """
@@ -235,7 +235,7 @@ def real_time_factor(voice: Voice, test: Sequence[String]) -> float:
 
 
 def beside_transformers(voice: Voice) -> dict[str, float]:
-    """Returns milliseconds of text to mel frames, here and by transformers' model of the same size, for equal frames.
+    """Returns milliseconds of text to mel frames, here and by transformers' model with as many layers, heads and channels.
 
     All durations are made 8 frames by the bias of the predictors. The encoder of transformers' model has Conformer
     blocks without their convolution module here, since ours has none.
