@@ -141,7 +141,8 @@ def _utterances(
     chunked = 0 < pattern.chunk < n_frames - context.n_registers
     if pattern.reach is None and not chunked:
         return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
-    if q.device.type == "cpu" and not torch.compiler.is_exporting() and _dense_is_faster(pattern, n_frames):
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    if q.device.type == "cpu" and not exported and _dense_is_faster(pattern, n_frames):
         rows = 1 if context.valid_BF is None else len(q)
         return attend(q, k, v, dense_mask(context, rows, n_frames, q.device)[:, None], p)
     return chunked_attention(q, k, v, context, p) if chunked else local_attention(q, k, v, context, p)
