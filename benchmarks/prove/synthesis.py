@@ -235,7 +235,7 @@ def real_time_factor(voice: Voice, test: Sequence[String]) -> float:
 
 
 def beside_transformers(voice: Voice) -> dict[str, float]:
-    """Returns milliseconds of text to mel frames, here and by transformers' model with as many layers, heads and channels.
+    """Returns milliseconds of text to mel frames, here and by transformers' model of as many layers and channels.
 
     All durations are made 8 frames by the bias of the predictors. The encoder of transformers' model has Conformer
     blocks without their convolution module here, since ours has none.

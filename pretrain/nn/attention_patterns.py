@@ -141,7 +141,7 @@ def _utterances(
     chunked = 0 < pattern.chunk < n_frames - context.n_registers
     if pattern.reach is None and not chunked:
         return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
-    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if q.device.type == "cpu" and not exported and _dense_is_faster(pattern, n_frames):
         rows = 1 if context.valid_BF is None else len(q)
         return attend(q, k, v, dense_mask(context, rows, n_frames, q.device)[:, None], p)
