@@ -67,8 +67,8 @@ def main() -> int:
     """Trains, listens and writes; returns the exit code."""
     parser = parser_of(__doc__, "units")
     parser.add_argument("--speaker", default="fsdd-jackson")
-    parser.add_argument("--updates", type=int, default=1_000, help="of text to units and audio (default: 1,000)")
-    parser.add_argument("--text-updates", type=int, default=800, help="of units to text (default: 800)")
+    parser.add_argument("--updates", type=int, default=1_200, help="of text to units and audio (default: 1,200)")
+    parser.add_argument("--text-updates", type=int, default=1_000, help="of units to text (default: 1,000)")
     parser.add_argument("--train", type=int, default=400, help="strings of 3 to 5 digits for training (default: 400)")
     parser.add_argument("--short", type=int, default=400, help="shorter strings for training (default: 400)")
     parser.add_argument("--rate", type=int, default=25, help="units per second (default: 25)")
