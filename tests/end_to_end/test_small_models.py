@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 PAGE = ROOT / "docs" / "compression.md"
 CHAIN = ("chain.units.steps=2", "chain.units.classes=20")
 """The rest of what makes a chain short; it has no `train.steps`."""
-TIMED = ("--runs", "5", "--seconds", "2")
+TIMED = ("--runs", "12", "--seconds", "2")
 FIRST = "to train on: "
 """Begins the line in which the search prints the fields of a finalist."""
 SHORTER: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
@@ -36,7 +36,7 @@ SHORTER: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
     ("targets *", (), {"classes=100": "classes=20"}),
     ("evaluate *", ("corpora=made", "seeds=1", "bootstrap=100", "supervised.epochs=0", "neural.epochs=0"), {}),
     ("search-architecture *", ("--trials", "3", "--population", "2", "--finalists", "1"), {"0.002": "1"}),
-    ("bench --table *supernet_tiny*", TIMED, {"40": "8"}),
+    ("bench --table *supernet_tiny*", TIMED, {"40": "16"}),
     ("bench *", ("--runs", "2", "--seconds", "2"), {}),
 )
 """What is added to the first pattern that fits a command, and words that are replaced."""
