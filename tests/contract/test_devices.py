@@ -76,9 +76,15 @@ CASE_CONFIGS: dict[str, dict[str, Any]] = (
     | {"transformer, padded": case("best_rq", WAVEFORM, "transformer")}
     | {f"{name}, packed": case("best_rq", small("frontends", name), packed=True) for name in ("multiscale",)}
     | {"local and global attention": case("best_rq", LOG_MEL, packed=True)}
+    | {
+        "chunked attention": case("best_rq", LOG_MEL),
+        "chunked attention, packed": case("best_rq", LOG_MEL, packed=True),
+    }
     | {"every head": case("best_rq", LOG_MEL, heads=ALL_HEADS)}
 )
 CASE_CONFIGS["local and global attention"]["encoder"] |= {"positions": "rope", "attention": "local_global"}
+for name in ("chunked attention", "chunked attention, packed"):
+    CASE_CONFIGS[name]["encoder"] |= {"positions": "rope", "attention": "chunked", "chunk_frames": [0, 8, 16]}
 
 
 @pytest.fixture(scope="module")
