@@ -32,13 +32,12 @@ from benchmarks.prove.compress_students import train  # noqa: E402
 from data_pipeline.core import jsonl  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
-from launch.workflows.searching_architecture import open_supernet, subnet_score  # noqa: E402
+from launch.workflows.searching_architecture import open_supernet, subnet_encoder, subnet_score  # noqa: E402
 from pretrain.checkpointing.weights import LoadedCheckpoint  # noqa: E402
 from pretrain.compression.architecture_search import Budget, Scores, SubnetCost, search_subnets, subnet_label  # noqa: E402
-from pretrain.compression.cut import cut_subnet  # noqa: E402
 from pretrain.compression.latency import LatencyModel, megabytes  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
-from pretrain.evaluate.frozen_encoders import freeze, last_layer, log_mel_with_context  # noqa: E402
+from pretrain.evaluate.frozen_encoders import log_mel_with_context  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.interfaces.subnets import Space, Subnet  # noqa: E402
@@ -97,7 +96,7 @@ def probe(manifest: Path, ask: str, most: int) -> TaskEvaluation:
 
 def tested(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> Tally:
     """Returns hits and trials by speaker of a subnet's last layer."""
-    return tallies(task, last_layer(freeze(cut_subnet(found, subnet).module.model, subnet_label(subnet))))[0]
+    return tallies(task, subnet_encoder(found, subnet))[0]
 
 
 def latency_table(run: Path, given: Namespace) -> dict[str, Any]:

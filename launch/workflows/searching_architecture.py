@@ -22,7 +22,7 @@ from pretrain.compression.architecture_search import Budget, ScoredSubnet, Score
 from pretrain.compression.cut import cut_subnet
 from pretrain.compression.latency import LatencyModel, megabytes, subnet_timings
 from pretrain.evaluate.config import EvaluateConfig
-from pretrain.evaluate.frozen_encoders import freeze, last_layer
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, last_layer
 from pretrain.evaluate.metrics import accuracy
 from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.interfaces.subnets import Space, Subnet
@@ -142,9 +142,14 @@ def read_latency_table(file: Path) -> dict[str, Any]:
     return table
 
 
+def subnet_encoder(found: LoadedCheckpoint, subnet: Subnet) -> FrozenEncoder:
+    """Returns a subnet of a supernet with its last layer alone: an earlier one would be another subnet."""
+    return last_layer(freeze(cut_subnet(found, subnet).module.model, architecture_search.subnet_label(subnet)))
+
+
 def subnet_score(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> float:
-    """Returns the accuracy of a probe of a subnet's last layer, from 0 to 1: an earlier one would be another subnet."""
-    encoder = last_layer(freeze(cut_subnet(found, subnet).module.model, architecture_search.subnet_label(subnet)))
+    """Returns the accuracy of a probe of a subnet, from 0 to 1."""
+    encoder = subnet_encoder(found, subnet)
     tallies = task.scores(lambda seed: encoder, same=True)
     return accuracy(next(iter(tallies.values())))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def micro_batches(
     """Returns those of one rank for some updates after a cursor, and the cursor after them."""
     limits = {"batch_seconds": 16.0, "micro_batches": 8, "min_seconds": 0.3, "max_seconds": 1.6}
     reader = open_reader(DataConfig(shards=str(shards), workers=0, **limits), 7, rank, world)  # type: ignore[arg-type]
-    read = [step for step, _ in zip(reader.steps(cursor), range(steps), strict=False)]
+    read = list(itertools.islice(reader.steps(cursor), steps))
     reader.close()
     return [list(step.batches) for step in read], read[-1].after
 
