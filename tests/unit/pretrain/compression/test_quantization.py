@@ -130,7 +130,8 @@ def test_an_int8_export_quantises_linear_layers_only_and_is_compared(
     wave_T = 0.1 * torch.randn(16_000)
     expected = model.module.model.eval()(wave_T[None], torch.tensor([16_000])).final.x_BFD[0]
     found = open_graph_encoder(tmp_path / "out").encode(wave_T)[0]
-    assert float((found - expected.detach()).abs().max()) < 0.2
+    relative = (found - expected.detach()).square().mean().sqrt() / expected.detach().std()
+    assert 0 < float(relative) < 0.05, "values beyond the calibrated range are clipped, so single ones may differ more"
     monkeypatch.setattr("pretrain.compression.quantization.MOST_LOST", -1.0)
     line[2] = str(tmp_path / "refused")
     assert main([*line, "--shards", shards]) == 2
