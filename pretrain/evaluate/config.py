@@ -31,14 +31,15 @@ class ProbeConfig:
             "strengths of the penalty on the weights of standardised features, of which the best is chosen",
             min_length=1,
         ),
-    ] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    ] = (1.0, 1e-1, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
     iterations: Annotated[
         int, about("the most iterations of L-BFGS; a quarter of it where layers and penalty are chosen", ge=1)
     ] = 200
     tolerance: Annotated[float, about("a fit ends when an iteration changes the loss by less", gt=0)] = 5e-6
     choice_vectors: Annotated[
-        int, about("most vectors of the training split that are used to choose layers and penalty", ge=1)
-    ] = 10_000
+        int,
+        about("most vectors of the training split that are used to choose layers; penalties are chosen with all", ge=1),
+    ] = 20_000
     least_speakers: Annotated[
         int, about("with fewer validation speakers, layers and penalty are chosen by cross-validation", ge=1)
     ] = 5

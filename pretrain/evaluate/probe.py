@@ -96,16 +96,16 @@ def mixed(x_LND: Tensor, mix_L: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe of some layers."""
+    """A fitted probe of the layers of `view`."""
 
-    layers: tuple[int, ...]
+    view: View
     scaling: Scaling
     weights: Weights
 
     @torch.inference_mode()
     def predict(self, x_NLD: Tensor) -> np.ndarray:
         """Returns the predicted classes, (N,), of (N, L, D) features."""
-        chosen = list(self.layers)
+        chosen = list(self.view.layers)
         parts = [self.weights.logits(self.scaling(part[:, chosen])).argmax(1) for part in torch.split(x_NLD, 8192)]
         classes_N: np.ndarray = torch.cat(parts).numpy()
         return classes_N
@@ -158,7 +158,7 @@ def fit(train: Labelled, classes: int, view: View, config: ProbeConfig) -> Probe
         view: layers and penalty.
         config: when the fit ends.
     """
-    return next(fits(train, classes, view.layers, [view.l2], config))
+    return replace(next(fits(train, classes, view.layers, [view.l2], config)), view=view)
 
 
 def fits(
@@ -178,7 +178,7 @@ def fits(
     x_LND, weights = scaling(x_NLD), None
     for l2 in penalties:
         weights = minimise(x_LND, train.y_N, scaling=scaling, classes=classes, l2=l2, config=config, start=weights)
-        yield Probe(layers, scaling, weights)
+        yield Probe(View(layers, l2), scaling, weights)
 
 
 def fit_probe(
@@ -186,41 +186,15 @@ def fit_probe(
     valid: Labelled,
     classes: int,
     config: ProbeConfig,
-    view: View | None = None,
     disjoint: bool = True,
     silent: Sequence[int] = (),
 ) -> Probe:
-    """Fits a probe.
-
-    Args:
-        train: (N, L, D) features and labels to fit.
-        valid: those of the validation speakers.
-        classes: number of classes.
-        config: penalties, folds, and number of vectors.
-        view: layers and penalty; None: chosen by `choose_view`.
-        disjoint: whether classes can be predicted for unseen speakers.
-        silent: classes that do not count in the accuracy.
-    """
-    return fit(
-        train,
-        classes,
-        view or choose_view(train, valid, classes, config=config, disjoint=disjoint, silent=silent),
-        config,
-    )
-
-
-def choose_view(
-    train: Labelled,
-    valid: Labelled,
-    classes: int,
-    config: ProbeConfig,
-    disjoint: bool = True,
-    silent: Sequence[int] = (),
-) -> View:
-    """Chooses the layers, then the penalty, by the accuracy on speakers that the probes were not fitted to.
+    """Chooses layers and penalty by the accuracy on speakers that the probes were not fitted to, and fits the probe.
 
     Those are the validation speakers. Where they are fewer than `config.least_speakers`, the speakers of `train` and
-    `valid` are divided into folds, and each fold is judged by probes of the other ones.
+    `valid` are divided into folds, and each fold is judged by probes of the other ones. Layers are chosen with thinned
+    vectors. More vectors need a weaker penalty of the mean loss: it is chosen again with all of them, or, after folds,
+    divided by their increase.
 
     Args:
         train: (N, L, D) features and labels to fit.
@@ -234,29 +208,44 @@ def choose_view(
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
     penalties = sorted(config.l2, reverse=True)
-    middle = penalties[(len(penalties) - 1) // 2]
     parts = [
         (some, taken(judge, ~np.isin(judge.y_N.numpy(), list(silent))))
         for some, judge in folds(train, valid, config, disjoint)
     ]
-    layers, by_layer = selections[0], tuple[float, ...]()
-    if len(selections) > 1:
-        scores = [accuracies(parts, classes, layers, [middle], config)[0] for layers in selections]
-        layers, by_layer = selections[int(np.argmax(scores))], tuple(scores[1:])
-    if len(penalties) == 1:
-        return View(layers, middle, by_layer)
-    best = int(np.argmax(accuracies(parts, classes, layers, penalties, config)))
-    return View(layers, penalties[best], by_layer)
+    if len(selections) == len(penalties) == 1:
+        return fit(train, classes, View(everything, penalties[0]), config)
+    short = replace(config, iterations=max(1, config.iterations // 4))
+    found = [best_penalty(parts, classes, layers, penalties, short) for layers in selections]
+    best = max(range(len(found)), key=lambda at: found[at].accuracy)
+    layers, by_layer = selections[best], tuple(one.accuracy for one in found[1:])
+    chosen = found[best].l2
+    if len(parts) > 1:
+        l2 = chosen * len(parts[0][0].y_N) / len(train.y_N)
+    elif len(parts[0][0].y_N) < len(train.y_N) and len(penalties) > 1:
+        weaker = [penalty for penalty in penalties if penalty <= chosen]
+        whole = best_penalty([(train, parts[0][1])], classes, layers, weaker, config)
+        return replace(whole.probe, view=View(layers, whole.l2, by_layer))
+    else:
+        l2 = chosen
+    return fit(train, classes, View(layers, l2, by_layer), config)
 
 
-def accuracies(
+class BestPenalty(NamedTuple):
+    """The penalty with the best accuracy over all parts, and the first part's probe with it."""
+
+    l2: float
+    accuracy: float
+    probe: Probe
+
+
+def best_penalty(
     parts: Sequence[tuple[Labelled, Labelled]],
     classes: int,
     layers: tuple[int, ...],
     penalties: Sequence[float],
     config: ProbeConfig,
-) -> list[float]:
-    """Returns the accuracy with each penalty over all parts, (vectors to fit, vectors to judge by).
+) -> BestPenalty:
+    """Finds the penalty with the best accuracy over all parts.
 
     Penalties are from strong to weak, each fit a start for the next; it ends where the accuracy falls.
 
@@ -267,19 +256,21 @@ def accuracies(
         penalties: weights of the L2 penalty, from strong to weak.
         config: iterations of the minimiser.
     """
-    short = replace(config, iterations=max(1, config.iterations // 4))
     trials = max(1, sum(len(judge.y_N) for _, judge in parts))
-    running = [fits(some, classes, layers, penalties, short) for some, _ in parts]
-    found: list[float] = []
-    for probes in zip(*running, strict=True):
+    running = [fits(some, classes, layers, penalties, config) for some, _ in parts]
+    best: BestPenalty | None = None
+    for l2, probes in zip(penalties, zip(*running, strict=True), strict=True):
         hits = [
             int((probe.predict(judge.x_NLD) == judge.y_N.numpy()).sum())
             for probe, (_, judge) in zip(probes, parts, strict=True)
         ]
-        found.append(sum(hits) / trials)
-        if found[-1] < max(found):
+        accuracy = sum(hits) / trials
+        if best is not None and accuracy < best.accuracy:
             break
-    return found
+        if best is None or accuracy > best.accuracy:
+            best = BestPenalty(l2, accuracy, probes[0])
+    assert best is not None
+    return best
 
 
 def folds(train: Labelled, valid: Labelled, config: ProbeConfig, disjoint: bool) -> Iterator[tuple[Labelled, Labelled]]:

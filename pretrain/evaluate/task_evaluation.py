@@ -15,7 +15,7 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_wit
 from pretrain.evaluate.manifest import Utterance, grid_labels
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
-from pretrain.evaluate.probe import View, choose_view, fit, joined
+from pretrain.evaluate.probe import View, fit, fit_probe, joined
 from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.task_inputs import Say, TaskInputs
@@ -71,8 +71,11 @@ class TaskEvaluation:
                 continue
             classes, settings, disjoint = len(inputs.classes), self.config.probe, inputs.task.disjoint
             self.say(f"{self.name}: fits a probe to the features of {encoder.name}")
-            view = view or choose_view(train, valid, classes, config=settings, disjoint=disjoint, silent=inputs.silent)
-            probe = fit(train, classes, view, settings)
+            if view is None:
+                probe = fit_probe(train, valid, classes, config=settings, disjoint=disjoint, silent=inputs.silent)
+                view = probe.view
+            else:
+                probe = fit(train, classes, view, settings)
             guesses_N = probe.predict(test.x_NLD)
             self._tally(tallies, test, guesses_N)
             if seed == 0:

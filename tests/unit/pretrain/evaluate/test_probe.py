@@ -8,7 +8,7 @@ import torch
 
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
-from pretrain.evaluate.probe import Scaling, View, fit, fit_probe, fits, folds
+from pretrain.evaluate.probe import Probe, Scaling, View, fit, fit_probe, fits, folds
 
 RNG = np.random.default_rng(0)
 CONFIG = ProbeConfig(iterations=100, tolerance=1e-7)
@@ -45,7 +45,7 @@ def test_the_informative_layer_is_chosen_and_shuffled_labels_score_chance() -> N
     probe = fit_probe(train, valid, 4, CONFIG)
     hits = probe.predict(test.x_NLD) == test.y_N.numpy()
     assert hits.mean() > 0.9
-    assert 1 in probe.layers
+    assert 1 in probe.view.layers
     mixed = fit(train, 4, View((0, 1, 2), 1e-3), CONFIG)
     assert int(mixed.weights.mix_L.argmax()) == 1
     assert sum(n for _, n in test.tally(hits, np.ones(200)).values()) == 200
@@ -113,3 +113,36 @@ def test_fewer_vectors_than_dimensions_reach_the_same_minimum() -> None:
     x_LND = probe.scaling(torch.from_numpy(others_ND)[:, None].float())
     expected_NC = theirs.predict_proba((others_ND - x_ND.mean(0)) / x_ND.std(0))
     assert np.abs(probe.weights.logits(x_LND).softmax(1).numpy() - expected_NC).max() < 5e-3
+
+
+def test_the_penalty_fits_the_number_of_vectors_that_it_is_used_with() -> None:
+    """A twentieth of the vectors needs a stronger penalty than all of them, whose accuracy must not suffer from it."""
+    mixing_DD = RNG.normal(0, 1, (60, 60))
+
+    def drawn(count: int) -> Labelled:
+        y_N = RNG.integers(0, 8, count)
+        x_ND = RNG.normal(0, 1, (count, 60))
+        x_ND[:, :8] += np.eye(8)[y_N]
+        return labelled(torch.from_numpy(x_ND @ mixing_DD)[:, None].float(), torch.from_numpy(y_N), speakers=5)
+
+    train, valid, test = drawn(4_000), drawn(1_500), drawn(4_000)
+    config = ProbeConfig(choice_vectors=200)
+    few = fit_probe(
+        Labelled(train.x_NLD[::20], train.y_N[::20], train.speaker_N[::20], train.speakers), valid, 8, config
+    )
+    chosen = fit_probe(train, valid, 8, config)
+    assert chosen.view.l2 < few.view.l2
+
+    def right(probe: Probe) -> float:
+        return float((probe.predict(test.x_NLD) == test.y_N.numpy()).mean())
+
+    best = max(right(probe) for probe in fits(train, 8, (0,), sorted(config.l2, reverse=True), config))
+    assert right(chosen) > best - 0.01
+    assert right(chosen) > right(fit(train, 8, few.view, config)), "the penalty of few vectors is too strong for many"
+
+
+def test_after_folds_the_penalty_is_divided_by_the_increase_of_vectors() -> None:
+    train, valid = informative(800, 1, 0, speakers=6), informative(40, 1, 0, speakers=2)
+    probe = fit_probe(train, valid, 4, ProbeConfig(choice_vectors=80))
+    [(some, _), *_] = folds(train, valid, ProbeConfig(choice_vectors=80), disjoint=True)
+    assert any(probe.view.l2 == pytest.approx(l2 * len(some.y_N) / 800) for l2 in ProbeConfig().l2)
