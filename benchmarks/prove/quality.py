@@ -234,7 +234,7 @@ def write_page(found: dict[str, Any], out: Path) -> None:
         "# Quality: phones from frozen features, unseen speakers", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
         "Intervals: bootstrap over test speakers. Gate, on non-silence frames: +8 points over random weights and over",
-        "log-mel. Seeds are of random weights and of supervision from scratch; each run is trained once, and a converged",
+        "log-mel. Seeds are of random weights and of supervision from scratch; a run is trained once, and a converged",
         "probe draws nothing. Supervision for a few epochs has not converged, so `retained` is too high then. Random",
         "weights and supervision from scratch do not depend on the objective: quality_hubert, quality_best_rq and",
         "quality_wav2vec2 have the same architecture and share both.",
