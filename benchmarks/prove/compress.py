@@ -5,8 +5,8 @@
 
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names; students read its splits pretrain and train, and so does
 the teacher, a run of quality_hubert, which is trained first where none is given. Rows: the teacher, also after each
-block; a student of one block distilled from layer 2; one block trained on the units of layer 2 (DiceHuBERT); two pruned
-blocks; each in fp32 and INT8. Columns: phone accuracy on non-silence frames of unseen speakers, the share of the gain
+block; a student of one block distilled from layer 2; one block trained on the units of layer 2 (DiceHuBERT), and its
+front end alone; two pruned blocks; each in fp32 and INT8. Columns: phone accuracy on non-silence frames of unseen speakers, the share of the gain
 over log-mel of the teacher's best layer that is kept, speed from audio to features in onnxruntime on one thread, by
 processor time, measured in turn, against the teacher in fp32; MB. The page names the teacher's time in torch in fp32
 and bf16, too. Every seed trains all students again. The page is written after each seed; the same command continues.
@@ -190,7 +190,7 @@ def main() -> int:
     parser = parser_of(__doc__, "compress")
     parser.add_argument("--teacher", type=Path, help="a finished run of quality_hubert; default: train one")
     parser.add_argument("--teacher-updates", type=int, default=1_000, help="of a teacher that is trained here")
-    parser.add_argument("--updates", type=int, default=400, help="of the student of units; others have fewer")
+    parser.add_argument("--updates", type=int, default=1_200, help="of the student of units; others have fewer")
     parser.add_argument("--shards", type=Path, help="of the splits pretrain and train; default: made here")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-utterances", type=int, default=150, help="per split of the probe; 0: all")

@@ -44,8 +44,8 @@ class Updates:
 
     @classmethod
     def scaled(cls, units: int) -> Updates:
-        """Returns lengths that take about as long as each other, from that of the student of the teacher's units."""
-        return cls(distilled=max(1, 2 * units // 3), pruning=max(1, units // 2), pruned=max(1, units // 4), units=units)
+        """Returns lengths that fit into 25 minutes on two cores for three seeds, from that of the student of units."""
+        return cls(distilled=max(1, units // 3), pruning=max(1, units // 4), pruned=max(1, units // 8), units=units)
 
 
 def train(name: str, updates: int, runs: Path, shards: Path, *overrides: str, seed: int = 0) -> Path:
@@ -108,6 +108,7 @@ def students(
     found = [
         Model("distilled, 1 block", distilled, learned=True),
         Model("teacher's units, 1 block", dice, learned=True),
+        Model("teacher's units, front end", dice, 0, learned=True),
     ]
     overrides = [
         "+experiment=prune_tiny", f"objective.teacher={best}", f"objective.layers=[[0],[{BEST}]]", f"init={best}",
