@@ -6,12 +6,12 @@
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names; students read its splits pretrain and train, and so does
 the teacher, a run of quality_hubert, which is trained first where none is given. Rows: the teacher, also after each
 block; a student of one block distilled from layer 2; one block trained on the units of layer 2 (DiceHuBERT), and its
-front end alone; two pruned blocks; each in fp32 and INT8. Columns: phone accuracy on non-silence frames of unseen speakers, the share of the gain
-over log-mel of the teacher's best layer that is kept, speed from audio to features in onnxruntime on one thread, by
-processor time, measured in turn, against the teacher in fp32; MB. The page names the teacher's time in torch in fp32
-and bf16, too. Every seed trains all students again. The page is written after each seed; the same command continues.
-Writes benchmarks/results/compress.json and .md. Exit code 1 unless one row keeps 95 % of the gain at 3 times the speed
-and a learned row is above plain truncation at equal latency (paired interval above 0).
+front end alone; two pruned blocks; each in fp32 and INT8. Columns: phone accuracy on non-silence frames of unseen
+speakers, the share of the gain over log-mel of the teacher's best layer that is kept, speed from audio to features in
+onnxruntime on one thread, by processor time, measured in turn, against the teacher in fp32; MB. The page names the
+teacher's time in torch in fp32 and bf16, too. Every seed trains all students again. The page is written after each
+seed; the same command continues. Writes benchmarks/results/compress.json and .md. Exit code 1 unless one row keeps 95 %
+of the gain at 3 times the speed and a learned row is above plain truncation at equal latency (paired interval above 0).
 """
 
 from __future__ import annotations
