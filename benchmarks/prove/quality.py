@@ -46,7 +46,7 @@ CHECKPOINTS = 4
 
 
 def pretrain(experiment: str, name: str, shards: Path, runs: Path, minutes: float, labels: Sequence[str]) -> Path:
-    """Trains for about `minutes`, at the speed of a few timed steps, and returns the run folder.
+    """Trains for about `minutes`, at the speed of a few timed steps, and returns the run folder; a finished run stays.
 
     Args:
         experiment: the recipe.
@@ -56,6 +56,8 @@ def pretrain(experiment: str, name: str, shards: Path, runs: Path, minutes: floa
         minutes: of training.
         labels: overrides that name the frame labels.
     """
+    if finished(runs / name):
+        return runs / name
     common = [f"+experiment={experiment}", f"data.shards={shards}", f"runs={runs}", "launcher.processes=2", *labels]
     auricle("pretrain", *common, f"name={name}_timing", f"train.steps={TIMED_STEPS}", "health.on_collapse=warn")
     steps = max(TIMED_STEPS, int(minutes * 60 / step_seconds(runs / f"{name}_timing")))
@@ -69,10 +71,22 @@ def pretrain(experiment: str, name: str, shards: Path, runs: Path, minutes: floa
     return runs / name
 
 
+def finished(run: Path) -> bool:
+    """Returns whether a run has all of its updates."""
+    config = run / "config.json"
+    if not config.is_file():
+        return False
+    steps = json.loads(config.read_text(encoding="utf-8"))["train"]["steps"]
+    return (run / "checkpoints" / f"step_{steps:08d}").is_dir()
+
+
 def units_of(run: Path, layer: int, shards: Path) -> list[str]:
     """Clusters the outputs of a run's layer; returns the overrides that name these frame labels."""
     out = shards.parent / f"units_of_{run.name}"
-    auricle("targets", f"shards={shards}", f"out={out}", f"features={run}", f"layer={layer}", "rounds=8")
+    if not (out / "checksums.json").exists():
+        auricle(
+            "targets", f"shards={shards}", f"out={out}", f"features={run}", f"layer={layer}", "rounds=4", "fraction=0.3"
+        )
     return ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {out}}}"]
 
 
