@@ -45,7 +45,7 @@ class Updates:
     @classmethod
     def scaled(cls, units: int) -> Updates:
         """Returns lengths that fit into 25 minutes on two cores for three seeds, from that of the student of units."""
-        return cls(distilled=max(1, units // 3), pruning=max(1, units // 4), pruned=max(1, units // 8), units=units)
+        return cls(distilled=max(1, units // 6), pruning=max(1, units // 8), pruned=max(1, units // 16), units=units)
 
 
 def train(name: str, updates: int, runs: Path, shards: Path, *overrides: str, seed: int = 0) -> Path:
