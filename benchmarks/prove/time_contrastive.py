@@ -139,8 +139,8 @@ class Speeds:
     def probe(self, who: str, encoder: FrozenEncoder) -> Found:
         """Fits at speed 1 on train, selects on valid, evaluates on test at every speed."""
         train, valid = (self.features(encoder, part, 1.0) for part in self.task.parts[:2])
-        probes = [fit_probe(train, valid, len(self.task.classes), ProbeConfig())]
-        silent = torch.tensor([self.task.classes[phone] for phone in self.task.silence if phone in self.task.classes])
+        probes = [fit_probe(train, valid, len(self.task.classes), ProbeConfig(), silent=self.task.silent)]
+        silent = torch.tensor(self.task.silent)
         tallies: dict[float, list[Tally]] = {}
         for speed in SPEEDS:
             test = self.features(encoder, self.task.parts[2], speed)
@@ -176,6 +176,7 @@ def main() -> int:
     """Returns exit code 0 where the criterion is met."""
     parser = parser_of(__doc__, "time_contrastive")
     parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, both objectives together")
+    parser.add_argument("--updates", type=int, default=0, help="of each objective; 0: as many as fit into the minutes")
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0 takes all")
     parser.add_argument("--shards", type=Path, help="shards of AURICLE_SPEECH; written where not given")
     given = parser.parse_args()
@@ -194,7 +195,7 @@ def main() -> int:
         )
     flops = {objective: forward_flops(objective) for objective in (PLAIN, TIMED)}
     seconds_of = {PLAIN: BATCH_SECONDS, TIMED: BATCH_SECONDS * flops[PLAIN] / flops[TIMED]}
-    steps = steps_in(given.minutes, shards, given.work, seconds_of)
+    steps = given.updates or steps_in(given.minutes, shards, given.work, seconds_of)
     runs = {
         o: pretrain(o, shards, given.work, batch_seconds=seconds_of[o], steps=steps, name=f"{o}_{steps}")
         for o in (PLAIN, TIMED)
@@ -237,7 +238,8 @@ def report(
         rows.append([one.who, audio, *values])
     text = [
         "# Time-contrastive objective and wav2vec 2.0 at equal operations", "",
-        f"{model_name()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
+        f"{time.strftime('%Y-%m-%d')}, {model_name()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all: "
+        f"`{' '.join(['python', 'benchmarks/prove/time_contrastive.py', *sys.argv[1:]])}`; {steps} updates each, 4 × 256 "
         f"transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen "
         "speakers, in %.",
         "", *markdown_table(COLUMNS, rows), "",

@@ -1,27 +1,28 @@
 """A contrastive objective over masked frames and over the same speech at another speed.
 
-Each utterance has two views: the original, and one `speed` times as fast. In both, the feature of a masked frame is
-contrasted with those of other masked frames of its utterance (frame InfoNCE, as in wav2vec 2.0, arXiv 2006.11477, but
-on continuous targets, as in CPC, arXiv 1807.03748), and its output with frames of the other view, of which the frame at
-the same instant is the positive (temporal InfoNCE). The alignment follows from the speed: monotone and linear.
-Negatives from the positive's own acoustic cluster (k-means of MFCC, fitted after the first update) are excluded, since
-they may be the same phone. There is no published release to compare with.
+Each utterance has two views: the original, and one whose segments have speeds of their own. In both, the feature of a
+masked frame is contrasted with those of other masked frames of its utterance (frame InfoNCE, as in wav2vec 2.0, arXiv
+2006.11477, but on continuous targets, as in CPC, arXiv 1807.03748), and its output with frames of the other view, of
+which the frame at the same instant is the positive (temporal InfoNCE). The alignment follows from the speeds: monotone
+and piecewise linear. Negatives from the positive's own acoustic cluster (k-means of MFCC, fitted after the first
+update) are excluded, since they may be the same phone. There is no published release to compare with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.audio.transforms import change_speed_on_device
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
@@ -42,6 +43,7 @@ from pretrain.self_supervision.masked_prediction import feature_penalty
 from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import nearest_codes
 from pretrain.self_supervision.teacher import deviation
+from pretrain.self_supervision.time_warp import Warp, draw_warp, warped
 
 
 @config
@@ -60,6 +62,13 @@ class Config(ObjectiveConfig):
     )
     logit_temperature: Annotated[float, about("divisor of the cosine similarity", gt=0)] = 0.1
     temporal_weight: Annotated[float, about("weight of the loss between the views", ge=0)] = 1.0
+    segment_seconds: Annotated[
+        float, about("mean length of a segment with one speed; 0: an utterance has one", ge=0)
+    ] = 0.0
+    compared: Annotated[
+        Literal["projection", "output"],
+        about("what the loss between the views compares: a projection of the encoder's output, or the output itself"),
+    ] = "projection"
     penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 10.0
 
     @property
@@ -92,7 +101,8 @@ class TimeContrastive(Objective):
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
         self.project_target = nn.Linear(shape.feature_dim * self.ratio, config.projection_dim)
         self.project_prediction = nn.Linear(shape.dim, config.projection_dim)
-        self.project_view = nn.Linear(shape.dim, config.projection_dim)
+        if config.compared == "projection":
+            self.project_view = nn.Linear(shape.dim, config.projection_dim)
         self.mfcc = TorchaudioMfcc()
         self.mfcc_ratio = rate_ratio(self.mfcc.rate_hz, shape.rate_hz)
         self.register_buffer("centres_KD", torch.randn(config.clusters, self.mfcc.dim))
@@ -109,12 +119,17 @@ class TimeContrastive(Objective):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ViewsPlan:
         slowest, fastest = self.config.slowest, self.config.fastest
-        speeds = [float(keyed_rng(ctx.seed, ctx.step, key, "speed").uniform(slowest, fastest)) for key in batch.keys]
-        views = with_other_speeds(batch, speeds)
+        warps = [
+            draw_warp(
+                keyed_rng(ctx.seed, ctx.step, key, "speed"), length, slowest, fastest, self.config.segment_seconds
+            )
+            for key, length in zip(batch.keys, batch.lengths_B.tolist(), strict=True)
+        ]
+        views = with_other_speeds(batch, warps)
         mask = draw_span_mask(model.frontend, views, ctx, self.config.mask_prob, self.config.mask_span, least=2)
         negatives_RMK = draw_negatives(mask, views.keys, ctx, self.config.negatives)
         lengths_R = model.frontend.frame_lengths(views.lengths_B)
-        partner_RF = partners(lengths_R, torch.tensor(speeds), mask.mask_BF.shape[1])
+        partner_RF = partners(lengths_R, warps, mask.mask_BF.shape[1], SAMPLE_RATE / model.shape.rate_hz)
         partner_RF = partner_RF.to(batch.wave_BT.device, non_blocking=True)
         return ViewsPlan(views, mask, negatives_RMK, partner_RF, mask.count)
 
@@ -137,7 +152,9 @@ class TimeContrastive(Objective):
         output_XD = encoded.final.x_BFD.flatten(0, 1)
         partner_N = plan.partner_RF.flatten()[mask.flat_N]
         predictions_ND = self.project_prediction(output_XD[mask.flat_N])
-        view_ND, other_ND = self.project_view(output_XD[mask.flat_N]), self.project_view(output_XD[partner_N])
+        view_ND, other_ND = output_XD[mask.flat_N], output_XD[partner_N]
+        if config.compared == "projection":
+            view_ND, other_ND = self.project_view(view_ND), self.project_view(other_ND)
         cluster_N = self.clusters(batch, plan).flatten()[mask.flat_N]
 
         count = plan.count.to(x_RFD.device)
@@ -195,19 +212,19 @@ class TimeContrastive(Objective):
             self.centres_KD.copy_(from_first_rank(kmeans(rows_ND, len(self.centres_KD), seed)))
 
 
-def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
+def with_other_speeds(batch: Batch, warps: Sequence[Warp]) -> Batch:
     """Appends to B utterances their copies at other speeds.
 
     Args:
         batch: (B, T) audio.
-        speeds: B factors; a copy is `speed` times as fast.
+        warps: of the B copies.
 
     Returns:
         R = 2·B rows; the keys of the copies end in " speed".
     """
     changed = [
-        change_speed_on_device(wave_T[:length], speed)
-        for wave_T, length, speed in zip(batch.wave_BT, batch.lengths_B.tolist(), speeds, strict=True)
+        warped(wave_T[:length], warp)
+        for wave_T, length, warp in zip(batch.wave_BT, batch.lengths_B.tolist(), warps, strict=True)
     ]
     lengths_R = torch.cat([batch.lengths_B, batch.lengths_B.new_tensor([len(wave_T) for wave_T in changed])])
     wave_RT = batch.wave_BT.new_zeros(len(lengths_R), max(batch.wave_BT.shape[1], *map(len, changed)))
@@ -217,23 +234,22 @@ def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
     return Batch(wave_RT, lengths_R, keys, batch.micro_batch)
 
 
-def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
+def partners(lengths_R: Tensor, warps: Sequence[Warp], width: int, samples: float) -> Tensor:
     """Returns for each frame the index into R·width of the frame of the other view at the same instant, (R, width).
 
-    The middle of frame f, at f + ½ frames, is at (f + ½) / speed in the faster view, limited to that view's last frame.
+    It is the frame that contains the instant at the middle of this one, limited to that view's last frame.
 
     Args:
         lengths_R: frames of each row: the originals, then the other views.
-        speed_B: speed of each of the B other views.
+        warps: of the B other views.
         width: number of frames F of the padded views.
+        samples: per frame.
     """
-    B = len(speed_B)
-    middle_F = torch.arange(width, device=lengths_R.device) + 0.5
-    stretch_R = torch.cat([1 / speed_B, speed_B])
-    other_R = torch.arange(2 * B, device=lengths_R.device).roll(B)
-    at_RF = (middle_F * stretch_R[:, None]).long()
-    last_R1 = (lengths_R[other_R] - 1).clamp(min=0)[:, None]
-    return other_R[:, None] * width + torch.minimum(at_RF, last_R1)
+    middle_F = (np.arange(width) + 0.5) * samples
+    at_RF = np.stack([w.to_view(middle_F) for w in warps] + [w.to_original(middle_F) for w in warps])
+    other_R = torch.arange(2 * len(warps)).roll(len(warps))
+    last_R1 = (lengths_R.cpu()[other_R] - 1).clamp(min=0)[:, None]
+    return other_R[:, None] * width + torch.minimum(torch.from_numpy(at_RF / samples).long(), last_R1)
 
 
 def first_rows(encoded: EncoderOutput, rows: int) -> EncoderOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.time_contrastive import TimeContrastive, ViewsPlan, partners
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
 from pretrain.self_supervision.masking import pack_masks
+from pretrain.self_supervision.time_warp import Warp, draw_warp, warped
 from tests.support.contract_cases import batch, make
 
 
@@ -25,7 +27,8 @@ def test_a_faster_tone_is_higher_and_shorter() -> None:
 
 def test_partners_are_monotone_and_at_the_same_time_in_both_views() -> None:
     lengths = torch.tensor([100, 40, 80, 50])  # the second view is 1.25 and 0.8 times as fast
-    found = partners(lengths, torch.tensor([1.25, 0.8]), 100)
+    warps = [Warp(np.array([0, 32_000]), np.array([0, 25_600])), Warp(np.array([0, 12_800]), np.array([0, 16_000]))]
+    found = partners(lengths, warps, 100, 320.0)
     for row, (speed, other) in enumerate(((1.25, 2), (0.8, 3), (1 / 1.25, 0), (1 / 0.8, 1))):
         at = found[row, : int(lengths[row])] - other * 100
         assert (at.diff() >= 0).all()
@@ -34,9 +37,37 @@ def test_partners_are_monotone_and_at_the_same_time_in_both_views() -> None:
         assert ((at + 0.5) - instant).abs().max() <= 0.5 + 1e-4
 
 
-def test_a_frame_and_its_partner_contain_the_same_sound() -> None:
+def test_each_segment_has_its_own_speed_and_pitch() -> None:
+    warp = draw_warp(np.random.default_rng(1), 48_000, 0.7, 1.4, segment_seconds=1.0)
+    assert len(warp.original) == 4
+    speeds = np.diff(warp.original) / np.diff(warp.view)
+    assert len(set(speeds)) == 3
+    assert (speeds >= 0.699).all()
+    assert (speeds <= 1.401).all()
+    tone = torch.sin(2 * math.pi * 400 * torch.arange(48_000) / 16_000)
+    view = warped(tone, warp)
+    assert len(view) == warp.view[-1]
+    for speed, begin, end in zip(speeds, warp.view, warp.view[1:], strict=False):
+        middle = view[begin + 400 : end - 400]
+        expected = 2 * 400 * speed * len(middle) / 16_000
+        assert int((middle[1:] * middle[:-1] < 0).sum()) == pytest.approx(expected, abs=2), "zero crossings of the tone"
+    assert float((view[1:] - view[:-1]).abs().max()) < 2.5 * 2 * math.pi * 400 * 1.4 / 16_000, "no clicks at the joints"
+    instants = np.arange(0, 48_000, 777)
+    assert np.abs(warp.to_original(warp.to_view(instants)) - instants).max() < 1e-6
+
+
+def test_one_speed_for_an_utterance_is_that_of_the_whole_resampled() -> None:
+    wave = torch.randn(16_000)
+    warp = draw_warp(np.random.default_rng(1), 16_000, 0.8, 1.25, segment_seconds=0.0)
+    speed = float(np.random.default_rng(1).uniform(0.8, 1.25))
+    assert torch.equal(warped(wave, warp), change_speed_on_device(wave, speed))
+
+
+@pytest.mark.parametrize("segment_seconds", [0.0, 0.3])
+def test_a_frame_and_its_partner_contain_the_same_sound(segment_seconds: float) -> None:
     """An impulse is in a frame of one view and in that frame's partner in the other view."""
-    module = make("time_contrastive", frontend="log_mel", slowest=0.8, fastest=1.0).eval()
+    more = {"slowest": 0.8, "fastest": 1.0, "segment_seconds": segment_seconds}
+    module = make("time_contrastive", frontend="log_mel", **more).eval()
     objective, model = module.objective, module.model
     data = batch((1.2,))
     data.wave_BT[:] = 0
