@@ -239,9 +239,8 @@ def report(
     text = [
         "# Time-contrastive objective and wav2vec 2.0 at equal operations", "",
         f"{time.strftime('%Y-%m-%d')}, {model_name()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all: "
-        f"`{' '.join(['python', 'benchmarks/prove/time_contrastive.py', *sys.argv[1:]])}`; {steps} updates each, 4 × 256 "
-        f"transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen "
-        "speakers, in %.",
+        f"`{' '.join(['python', 'benchmarks/prove/time_contrastive.py', *sys.argv[1:]])}`; {steps} updates each, "
+        "4 × 256 transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen speakers, in %.",
         "", *markdown_table(COLUMNS, rows), "",
         "Criterion: higher accuracy at 1×, and at most half of the loss at 0.8× and 1.2×.", "", *lines, "",
     ]  # fmt: skip

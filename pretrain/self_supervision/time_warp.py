@@ -29,11 +29,13 @@ class Warp:
 
     def to_view(self, sample_N: np.ndarray) -> np.ndarray:
         """Returns the places in the other view of places in the utterance, (N,); places beyond the end are the end."""
-        return np.interp(sample_N, self.original, self.view)
+        places_N: np.ndarray = np.interp(sample_N, self.original, self.view)
+        return places_N
 
     def to_original(self, sample_N: np.ndarray) -> np.ndarray:
         """Returns the places in the utterance of places in the other view, (N,)."""
-        return np.interp(sample_N, self.view, self.original)
+        places_N: np.ndarray = np.interp(sample_N, self.view, self.original)
+        return places_N
 
 
 def draw_warp(rng: np.random.Generator, length: int, slowest: float, fastest: float, segment_seconds: float) -> Warp:
