@@ -79,7 +79,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "encoder": {"name": "conformer", "layer_drop": 0.0},
     },
     "time_contrastive_base": {
-        "objective": {"name": "time_contrastive"},
+        "objective": {
+            "name": "time_contrastive",
+            "slowest": 0.7,
+            "fastest": 1.4,
+            "segment_seconds": 1.0,
+            "compared": "output",
+        },
         "frontend": SCALED,
         "encoder": {"name": "transformer"},
     },
