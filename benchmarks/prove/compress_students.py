@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.prove.common import auricle, succeeds
+from pretrain.checkpointing.locate import steps_done
 
 BLOCKS, BEST, STUDENT_BLOCKS = 4, 2, 1
 """Blocks of the teacher, its layer that teaches, blocks of the students."""
@@ -51,7 +52,7 @@ class Updates:
 def train(name: str, updates: int, runs: Path, shards: Path, *overrides: str, seed: int = 0) -> Path:
     """Trains a run, or continues an interrupted one; one that has all updates stays. Returns its folder."""
     run = runs / f"{name}_{updates}_{seed}"
-    if not (run / "checkpoints" / f"step_{updates:08d}").exists():
+    if steps_done(run) < updates:
         processes = min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))  # OMP_NUM_THREADS=1: on one core
         auricle(
             "pretrain", *overrides, f"data.shards={shards}", f"runs={runs}", f"launcher.processes={processes}",

@@ -32,6 +32,7 @@ from benchmarks.prove.common import auricle, markdown_table, parser_of, real_spe
 from benchmarks.prove.quality import MEASURE, OVER_LOG_MEL, OVER_RANDOM  # noqa: E402
 from data_pipeline.core.rng import keyed_seed  # noqa: E402
 from data_pipeline.corpora.tables import read_table  # noqa: E402
+from pretrain.checkpointing.locate import steps_done  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.evaluator import few_threads  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
@@ -113,7 +114,7 @@ def trained(experiment: str, folder: Path, updates: int, processes: int) -> Path
     """Pretrains for a number of updates, one thread for each process; a finished run stays. Returns the run folder."""
     name = f"{experiment}_{updates}"
     run = folder / "runs" / name
-    if not (run / "checkpoints" / f"step_{updates:08d}").is_dir():
+    if steps_done(run) < updates:
         auricle(
             "pretrain", f"+experiment={experiment}", f"data.shards={folder / 'shards'}", f"runs={folder / 'runs'}",
             f"data.targets={{mfcc: {folder / 'mfcc'}}}", f"name={name}", f"train.steps={updates}",

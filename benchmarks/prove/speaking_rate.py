@@ -111,7 +111,7 @@ def measured(task: TaskInputs, encoder: FrozenEncoder) -> dict[str, list[Tally]]
     found: dict[str, list[Tally]] = {}
     for name, (change, speed, timing) in conditions.items():
         test = features(task, encoder, 2, change, speed, timing)
-        counted_N = (~torch.isin(test.y_N, torch.tensor(list(task.silent)))).double().numpy()
+        counted_N = task.counted(test)["non-silence frames"]
         hits_N = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
         found[name] = [test.tally(hits_N, counted_N)]
         print(f"{encoder.name}, {name}: {bootstrap(found[name], 100).value:.1%}", flush=True)

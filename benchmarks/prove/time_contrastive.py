@@ -47,6 +47,7 @@ from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
 SPEEDS = (1.0, 0.8, 1.2)
+MEASURE = "non-silence frames"
 BATCH_SECONDS = 28.0
 TIMED_STEPS = 30
 COMMON = (
@@ -140,13 +141,11 @@ class Speeds:
         """Fits at speed 1 on train, selects on valid, evaluates on test at every speed."""
         train, valid = (self.features(encoder, part, 1.0) for part in self.task.parts[:2])
         probes = [fit_probe(train, valid, len(self.task.classes), ProbeConfig(), silent=self.task.silent)]
-        silent = torch.tensor(self.task.silent)
         tallies: dict[float, list[Tally]] = {}
         for speed in SPEEDS:
             test = self.features(encoder, self.task.parts[2], speed)
-            counted = (~torch.isin(test.y_N, silent)).double().numpy()
             hits = [(probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float) for probe in probes]
-            tallies[speed] = [test.tally(hit, counted) for hit in hits]
+            tallies[speed] = [test.tally(hit, self.task.counted(test)[MEASURE]) for hit in hits]
         found = Found(who, tallies)
         print(f"{who}: " + ", ".join(f"{found.accuracy(speed):.1%} at {speed:g}×" for speed in SPEEDS), flush=True)
         return found

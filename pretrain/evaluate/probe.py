@@ -218,22 +218,17 @@ def fit_probe(
     found = [best_penalty(parts, classes, layers, penalties, short) for layers in selections]
     best = max(range(len(found)), key=lambda at: found[at].accuracy)
     layers, by_layer = selections[best], tuple(one.accuracy for one in found[1:])
-    chosen = found[best].l2
+    chosen, (some, judge) = found[best].probe.view.l2, parts[0]
     if len(parts) > 1:
-        l2 = chosen * len(parts[0][0].y_N) / len(train.y_N)
-    elif len(parts[0][0].y_N) < len(train.y_N) and len(penalties) > 1:
-        weaker = [penalty for penalty in penalties if penalty <= chosen]
-        whole = best_penalty([(train, parts[0][1])], classes, layers, weaker, config)
-        return replace(whole.probe, view=View(layers, whole.l2, by_layer))
-    else:
-        l2 = chosen
-    return fit(train, classes, View(layers, l2, by_layer), config)
+        return fit(train, classes, View(layers, chosen * len(some.y_N) / len(train.y_N), by_layer), config)
+    tried = [l2 for l2 in penalties if l2 <= chosen] if len(some.y_N) < len(train.y_N) else [chosen]
+    probe = best_penalty([(train, judge)], classes, layers, tried, config).probe
+    return replace(probe, view=probe.view._replace(by_layer=by_layer))
 
 
 class BestPenalty(NamedTuple):
-    """The penalty with the best accuracy over all parts, and the first part's probe with it."""
+    """The best accuracy over all parts, and the first part's probe with the penalty that has it."""
 
-    l2: float
     accuracy: float
     probe: Probe
 
@@ -259,7 +254,7 @@ def best_penalty(
     trials = max(1, sum(len(judge.y_N) for _, judge in parts))
     running = [fits(some, classes, layers, penalties, config) for some, _ in parts]
     best: BestPenalty | None = None
-    for l2, probes in zip(penalties, zip(*running, strict=True), strict=True):
+    for probes in zip(*running, strict=True):
         hits = [
             int((probe.predict(judge.x_NLD) == judge.y_N.numpy()).sum())
             for probe, (_, judge) in zip(probes, parts, strict=True)
@@ -268,7 +263,7 @@ def best_penalty(
         if best is not None and accuracy < best.accuracy:
             break
         if best is None or accuracy > best.accuracy:
-            best = BestPenalty(l2, accuracy, probes[0])
+            best = BestPenalty(accuracy, probes[0])
     assert best is not None
     return best
 

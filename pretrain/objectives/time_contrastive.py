@@ -248,7 +248,7 @@ def partners(lengths_R: Tensor, warps: Sequence[Warp], width: int, samples: floa
     middle_F = (np.arange(width) + 0.5) * samples
     at_RF = np.stack([w.to_view(middle_F) for w in warps] + [w.to_original(middle_F) for w in warps])
     other_R = torch.arange(2 * len(warps)).roll(len(warps))
-    last_R1 = (lengths_R.cpu()[other_R] - 1).clamp(min=0)[:, None]
+    last_R1 = (lengths_R[other_R] - 1).clamp(min=0)[:, None]
     return other_R[:, None] * width + torch.minimum(torch.from_numpy(at_RF / samples).long(), last_R1)
 
 
