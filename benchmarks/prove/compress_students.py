@@ -45,7 +45,7 @@ class Updates:
 
     @classmethod
     def scaled(cls, units: int) -> Updates:
-        """Returns lengths that fit into 25 minutes on two cores for three seeds, from that of the student of units."""
+        """Returns lengths of all trainings from that of the student of units, whose updates are the cheapest."""
         return cls(distilled=max(1, units // 6), pruning=max(1, units // 8), pruned=max(1, units // 16), units=units)
 
 
