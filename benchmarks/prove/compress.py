@@ -1,6 +1,6 @@
 """Measures what small models keep of a teacher, and how much faster they are.
 
-    python benchmarks/prove/compress.py --teacher runs/T      # three seeds
+    python benchmarks/prove/compress.py --teacher runs/T      # three seeds, about 50 minutes on two cores
     python benchmarks/prove/compress.py --teacher runs/T --updates 20 --seeds 1 --max-utterances 20 --runs 3
 
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names; students read its splits pretrain and train, and so does

@@ -213,7 +213,7 @@ class EvaluateConfig:
     ] = "phones"
     abx: Annotated[
         Literal["own", "fastabx"],
-        about("ABX by this project or by the package fastabx (Python 3.12), which give the same cells"),
+        about("ABX by this project or by the package fastabx (Python 3.12); same cells for the same speakers"),
     ] = "own"
     corpora: Annotated[
         str, about("use only these corpora, with commas; empty: the task's, where the data has them")

@@ -14,8 +14,6 @@ from launch.commands.board import add_bands
 from launch.runs import bands
 from tests.support.learning import BANDS, OBJECTIVES, learn
 
-SEPARATED = ("best_rq", "wav2vec2", "efficient", "data2vec", "data2vec2", "time_contrastive")
-"""Objectives whose bands exclude a run that does not learn; where each seed clusters its own units they are wider."""
 LEARNING = ("loss/total", "metric/accuracy")
 """Curves that show learning; the codes of a fixed quantiser do not."""
 RNG = np.random.default_rng(0)
@@ -130,7 +128,8 @@ def test_objectives_still_learn(objective: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", ["best_rq", *(pytest.param(name, marks=pytest.mark.slow) for name in SEPARATED if name != "best_rq")]
+    "objective",
+    [pytest.param(name, marks=() if name in ("best_rq", "hubert") else pytest.mark.slow) for name in OBJECTIVES],
 )
 def test_a_run_that_does_not_learn_is_outside_of_the_band(objective: str, tmp_path: Path) -> None:
     still = learn(objective, tmp_path / "run", seed=7, lr=1e-9)
