@@ -41,7 +41,12 @@ class ProbeConfig:
         about("most vectors of the training split that are used to choose layers; penalties are chosen with all", ge=1),
     ] = 20_000
     least_speakers: Annotated[
-        int, about("with fewer validation speakers, layers and penalty are chosen by cross-validation", ge=1)
+        int,
+        about(
+            "with fewer validation speakers, layers and penalty are chosen by cross-validation; those of ranking and "
+            "pairs on train and valid together",
+            ge=1,
+        ),
     ] = 5
     folds: Annotated[int, about("folds of speakers in that cross-validation", ge=2)] = 5
 

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 
+from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
 from pretrain.evaluate.metrics import Tally, average_precision
+from pretrain.evaluate.probe import joined, thinned
 
 
-def best_layer(valid: Labelled) -> int:
-    """Returns the layer with the best mean average precision."""
-    scores = [sum(hits for hits, _ in ranking(valid, layer).values()) for layer in range(valid.x_NLD.shape[1])]
-    return int(np.argmax(scores))
+def for_choice(train: Labelled, valid: Labelled, config: ProbeConfig) -> Labelled:
+    """Returns the utterances that choose the layer: `valid`, or both parts if it has too few speakers.
+
+    Nothing is fitted to `train`, so that both parts are as good.
+
+    Args:
+        train: utterances of the training speakers.
+        valid: those of the validation speakers.
+        config: least number of speakers, and most utterances of both parts.
+    """
+    if len(np.unique(valid.speaker_N)) >= config.least_speakers:
+        return valid
+    return thinned(joined(train, valid), config.choice_vectors)
+
+
+def best_layer(part: Labelled) -> int | None:
+    """Returns the layer with the best mean average precision; None if no two speakers have an utterance of a label."""
+    tallies = [ranking(part, layer).values() for layer in range(part.x_NLD.shape[1])]
+    if not any(count for _, count in tallies[0]):
+        return None
+    return int(np.argmax([sum(hits for hits, _ in tally) for tally in tallies]))
 
 
 def ranking(part: Labelled, layer: int) -> Tally:

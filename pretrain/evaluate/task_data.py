@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -199,6 +199,26 @@ def require_classes(task: Task, classes: Mapping[str, int], listing: Listing) ->
         raise ConfigError(
             f"task={task.name}: has {len(classes)} class{'' if len(classes) == 1 else 'es'} "
             f"({', '.join(classes) or 'none'}), and needs two or more; the columns are: {', '.join(listing.columns)}"
+        )
+
+
+def require_test_classes(task: Task, labels: Collection[str], where: str, split: str) -> None:
+    """Refuses a test split of one class, on which always answering that class is right.
+
+    Args:
+        task: the task.
+        labels: the classes of the test split.
+        where: what holds the labels, for the message.
+        split: the name of the split, likewise.
+
+    Raises:
+        ConfigError: there are fewer than two classes.
+    """
+    if len(labels) < 2:
+        raise ConfigError(
+            f"task={task.name}: its split {split} has one class in {where} ({', '.join(labels) or 'none'}), and needs "
+            "two or more; give it recordings of another class, or divide the data in another way (the column split, "
+            "the task's splits, max_utterances)"
         )
 
 

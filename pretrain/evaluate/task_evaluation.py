@@ -12,7 +12,7 @@ from pretrain.evaluate import few_shot, intrinsic, retrieval, text_probe, verifi
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.features import GRID_HZ, Labelled, Waves, grid_frames
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context
-from pretrain.evaluate.manifest import Utterance, grid_labels
+from pretrain.evaluate.manifest import SPLITS, Utterance, grid_labels
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
 from pretrain.evaluate.probe import View, fit, fit_probe, joined
@@ -34,7 +34,7 @@ class TaskEvaluation:
         waves: decoded audio, shared by tasks.
 
     Raises:
-        ConfigError: the task's data cannot be read, a column is missing, labels are empty, or it has one class.
+        ConfigError: as `TaskInputs`.
         ValueError: a speaker is in two splits.
     """
 
@@ -60,7 +60,11 @@ class TaskEvaluation:
             encoder = make(seed)
             train, valid, test = (inputs.features(encoder, part) for part in inputs.parts)
             if inputs.kind == "ranking":
-                found = retrieval.ranking(test, retrieval.best_layer(valid))
+                layer = retrieval.best_layer(retrieval.for_choice(train, valid, self.config.probe))
+                if layer is None:
+                    self._say_last_layer("two speakers with an utterance of the same label")
+                    layer = test.x_NLD.shape[1] - 1
+                found = retrieval.ranking(test, layer)
                 tallies.setdefault("mean average precision", []).append(found)
                 continue
             if inputs.kind == "few_shot":
@@ -82,6 +86,11 @@ class TaskEvaluation:
                 self.details.append(self._detail(encoder.name, view, test, guesses_N))
             del train, valid, test  # before the features of the next seed are computed
         return tallies
+
+    def _say_last_layer(self, needed: str) -> None:
+        self.say(
+            f"{self.name}: no layer can be chosen, which needs {needed} outside of the test part; the last one is taken"
+        )
 
     def _learner(self, encoder: FrozenEncoder) -> few_shot.EpisodeLearner | None:
         """Returns what a run with engine.name=meta learned; None, after a message, where these features do not fit."""
@@ -223,17 +232,20 @@ class TaskEvaluation:
     def verification(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
         """Measures equal error rates: of the task's pairs, or on speakers of the data's splits valid and test."""
         inputs = self.inputs
-        _, valid, test = inputs.parts
+        train, valid, test = inputs.parts
         if inputs.kind != "pairs":
             everyone = [u for part in inputs.parts for u in part]
-            valid, test = ([u for u in everyone if u.split == split] for split in ("valid", "test"))
+            train, valid, test = ([u for u in everyone if u.split == split] for split in SPLITS)
             if not valid or len({u.speaker for u in test}) < 2:
                 return []
+        others = verification.for_choice(train, valid, self.config.probe.least_speakers)
+        if not verification.can_choose(others):
+            self._say_last_layer("two speakers, and two recordings of one,")
 
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             rate = verification.verification(
                 encoder,
-                valid,
+                others,
                 test,
                 waves=inputs.waves,
                 trials=inputs.trials,

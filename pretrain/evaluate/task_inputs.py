@@ -21,6 +21,7 @@ from pretrain.evaluate.task_data import (
     labelled,
     list_task,
     require_classes,
+    require_test_classes,
 )
 from pretrain.evaluate.tasks import Task, open_task
 from pretrain.recognition.error_rates import require_jiwer
@@ -40,8 +41,8 @@ class TaskInputs:
         waves: decoded audio, shared by tasks.
 
     Raises:
-        ConfigError: the task's data cannot be read, a column is missing, labels are empty, it has one class, or a
-            package that it needs is missing.
+        ConfigError: the task's data or list of trials cannot be read, a column is missing, labels are empty, it or its
+            test split has one class, or a package that it needs is missing.
         ValueError: a speaker is in two splits.
     """
 
@@ -79,6 +80,10 @@ class TaskInputs:
         self.classes = self._classes()
         if self.kind != "text":
             require_classes(self.task, self.classes, listing)
+        if self.kind in ("frames", "utterances", "ranking"):  # pairs has its own check; few_shot joins train and test
+            given = config.phones or self.task.config.alignment
+            where = given if self.kind == "frames" else f"the column {'+'.join(self.task.config.label)}"
+            require_test_classes(self.task, self._labels(self.parts[2]), where, config.ask)
         self._announce()
 
     @property
@@ -103,13 +108,13 @@ class TaskInputs:
 
     def _divided(self, utterances: list[Utterance]) -> list[list[Utterance]]:
         most, ask = self.config.max_utterances, self.config.ask
-        if self.kind == "pairs" and self.task.config.trials and (file := self.root / self.task.config.trials).is_file():
-            used, self.trials, lost = verification.read_trials(file, utterances)
+        if self.kind == "pairs" and self.task.config.trials:
+            used, self.trials, lost = verification.read_trials(self.root / self.task.config.trials, utterances)
             speakers = {u.speaker for u in used}
             others = [u for u in utterances if u.speaker not in speakers]
             if lost:
                 self.notes.append(f"{lost} trials name recordings that the data lacks")
-            return [[], others[:: max(1, len(others) // 200)], used]
+            return [[], verification.sampled(others), used]
         parts, note = divide(self.task, utterances, most, ask, [self.label.get(u.name, "") for u in utterances])
         if note:
             self.notes.append(note)
@@ -138,12 +143,13 @@ class TaskInputs:
         if len(problems) > SHOWN:
             self.say(f"{self.name}: and {len(problems) - SHOWN} more")
 
-    def _classes(self) -> dict[str, int]:
-        every = [u for part in self.parts for u in part]
+    def _labels(self, utterances: Sequence[Utterance]) -> set[str]:
         if self.kind == "frames":
-            labels = {i.phone for u in every for i in self.phones[u.name]}
-        else:
-            labels = {self.label[u.name] for u in every} if self.label else set()
+            return {i.phone for u in utterances for i in self.phones[u.name]}
+        return {self.label[u.name] for u in utterances} if self.label else set()
+
+    def _classes(self) -> dict[str, int]:
+        labels = self._labels([u for part in self.parts for u in part])
         return {label: number for number, label in enumerate(sorted(labels))}
 
     def _announce(self) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
+from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Utterance
 from pretrain.evaluate.metrics import Interval95, equal_error_rate
+
+SAMPLE: Final = 200
+"""About how many recordings choose the layer, where they are drawn from many."""
+OF_EACH: Final = 5
+"""Recordings of each speaker among them; more where there are few speakers."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,10 @@ def read_trials(file: Path, utterances: Sequence[Utterance]) -> tuple[list[Utter
         ConfigError: there is no such file, a line has another form, or no line can be used.
     """
     if not file.is_file():
-        raise ConfigError(f"trials={file}: there is no such file; it has lines `1 PATH PATH` or `0 PATH PATH`")
+        raise ConfigError(
+            f"trials={file}: there is no such file; it has lines `1 PATH PATH` (same speaker) or `0 PATH PATH`. Put it "
+            "there, or leave `trials` empty in a task file of your own to use all pairs"
+        )
     by_end = {"/".join(u.file.rsplit("/", depth)[-depth:]): u for u in utterances for depth in (1, 2, 3, 4)}
     by_end |= {u.file: u for u in utterances}
     numbers: dict[str, int] = {}
@@ -70,6 +81,45 @@ def read_trials(file: Path, utterances: Sequence[Utterance]) -> tuple[list[Utter
         raise ConfigError(f"trials={file}: none of its {lost} pairs has both recordings in the task's data")
     table = np.array(rows)
     return used, Trials(table[:, 0], table[:, 1], table[:, 2].astype(bool)), lost
+
+
+def sampled(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Returns about `SAMPLE` recordings, several of each speaker, so that they have many pairs of one speaker.
+
+    Speakers with a single recording come last. Which recordings are drawn depends on the names of speakers and
+    recordings alone.
+    """
+    of: dict[str, list[Utterance]] = {}
+    for u in sorted(utterances, key=lambda u: u.name):
+        of.setdefault(u.speaker, []).append(u)
+    each = max(OF_EACH, SAMPLE // max(1, len(of)))
+    found: list[Utterance] = []
+    for name in sorted(of, key=lambda name: (len(of[name]) == 1, keyed_seed("verification", name))):
+        if len(found) >= SAMPLE:
+            break
+        order = keyed_rng("verification", name).permutation(len(of[name]))
+        found += [of[name][i] for i in order[:each]]
+    return found
+
+
+def for_choice(train: Sequence[Utterance], valid: Sequence[Utterance], least_speakers: int) -> Sequence[Utterance]:
+    """Returns the recordings that choose the layer: `valid`, or a sample of both parts if it has too few speakers.
+
+    Nothing is fitted to `train`, so that both parts are as good.
+
+    Args:
+        train: recordings of the training speakers.
+        valid: those of the validation speakers.
+        least_speakers: with fewer speakers, or without pairs, `valid` does not choose alone.
+    """
+    enough = len({u.speaker for u in valid}) >= least_speakers and can_choose(valid)
+    return valid if enough else sampled([*train, *valid])
+
+
+def can_choose(utterances: Sequence[Utterance]) -> bool:
+    """Returns whether there are pairs of one speaker and pairs of two, as the choice of a layer needs."""
+    counts = Counter(u.speaker for u in utterances)
+    return len(counts) > 1 and max(counts.values()) > 1
 
 
 def pooled_cosines(encoder: FrozenEncoder, part: Sequence[Utterance], waves: Waves) -> np.ndarray:
@@ -118,17 +168,17 @@ def equal_error_rates(
 
 def verification(
     encoder: FrozenEncoder,
-    valid: Sequence[Utterance],
+    others: Sequence[Utterance],
     test: Sequence[Utterance],
     waves: Waves,
     trials: Trials | None = None,
     times: int = 0,
 ) -> Interval95:
-    """Returns the equal error rate on `test` of the layer that is best on all pairs of `valid`.
+    """Returns the equal error rate on `test` of the layer that is best on all pairs of `others`.
 
     Args:
         encoder: computes the features.
-        valid: utterances of other speakers; without any pair of one speaker, the last layer is taken.
+        others: utterances of other speakers; the last layer is taken if they cannot choose one (`can_choose`).
         test: utterances to verify.
         waves: decoded audio.
         trials: pairs of `test`; None: all of them.
@@ -140,9 +190,9 @@ def verification(
     trials = trials or all_pairs(test)
     if trials.same_P.all() or not trials.same_P.any():
         raise ValueError("verification needs pairs of the same speaker and pairs of two; give more utterances of each")
-    pairs = all_pairs(valid)
-    if pairs.same_P.any() and not pairs.same_P.all():
-        best = int(np.argmin([rate.value for rate in equal_error_rates(encoder, valid, pairs, waves)]))
+    if can_choose(others):
+        rates = equal_error_rates(encoder, others, all_pairs(others), waves)
+        best = int(np.argmin([rate.value for rate in rates]))
     else:
         best = len(encoder.encode(waves(test[0]))) - 1
     return equal_error_rates(encoder, test, trials=trials, waves=waves, times=times, layer=best)[0]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from launch.exit_codes import ExitCode
 from launch.main import main
 from pretrain.evaluate.config import EvaluateConfig, FewShotConfig, TextProbeConfig
 from pretrain.evaluate.evaluator import evaluate, few_threads
-from pretrain.evaluate.frozen_encoders import log_mel_with_context
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context
 from pretrain.evaluate.rows import Detail
 
 
@@ -52,6 +55,60 @@ def test_a_task_of_every_kind_is_evaluated(kind: str, corpus: Path, tmp_path: Pa
         assert values["non-silence frames"] > 0.8
         assert details[0].confusion_CC is not None
         assert details[0].confusion_CC[details[0].classes.index("SIL")].sum() == 0
+
+
+def write_levels(folder: Path, takes_by_speaker: Mapping[str, Sequence[int]]) -> Path:
+    """Writes a task's manifest: speakers are split-N and differ in level, takes are the labels and differ in length."""
+    lines = ["path,speaker,label,split"]
+    for number, (speaker, takes) in enumerate(takes_by_speaker.items(), start=1):
+        for take in takes:
+            name = f"{speaker}-{take}.wav"
+            soundfile.write(folder / name, np.full(1600 * (take + 1), 0.1 * number), 16_000)
+            lines.append(f"{name},{speaker},take{take},{speaker.split('-')[0]}")
+    (folder / "list.csv").write_text("\n".join(lines))
+    return folder / "list.csv"
+
+
+def knowing(kind: str, layer: int) -> FrozenEncoder:
+    """Makes an encoder of two layers, of which one shows the speaker (pairs) or the label (ranking) and one nothing."""
+
+    def encode(wave_T: torch.Tensor) -> torch.Tensor:
+        level, take = round(float(wave_T.max()) * 10), len(wave_T) // 1600
+        noise_D = torch.randn(16, generator=torch.Generator().manual_seed(100 * level + take))
+        known_D = torch.eye(16)[level if kind == "pairs" else take]
+        layers = [known_D, noise_D] if layer == 0 else [noise_D, known_D]
+        return torch.stack(layers)[:, None].repeat(1, 8, 1)
+
+    return FrozenEncoder("knowing", encode, 50.0)
+
+
+def evaluated(kind: str, manifest: Path, layer: int) -> tuple[float, list[str]]:
+    """Returns the value of the only row, and what was said."""
+    (manifest.parent / "mine.yaml").write_text(f"kind: {kind}\ndata: {manifest}\n")
+    task, said = str(manifest.parent / "mine.yaml"), list[str]()
+    config = EvaluateConfig(checkpoint="given", task=task, seeds=1, bootstrap=100, baselines=False)
+    [row] = evaluate(config, said.append, [knowing(kind, layer)])
+    return row.value, said
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("kind", "best"), [("pairs", 0.0), ("ranking", 1.0)])
+def test_a_single_validation_speaker_chooses_the_layer_with_those_of_training(
+    kind: str, best: float, layer: int, tmp_path: Path
+) -> None:
+    speakers = ("train-0", "train-1", "train-2", "valid-0", "test-0", "test-1", "test-2")
+    value, said = evaluated(kind, write_levels(tmp_path, dict.fromkeys(speakers, range(4))), layer)
+    assert value == pytest.approx(best, abs=0.01)
+    assert not any("no layer can be chosen" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ranking"])
+def test_it_is_said_where_no_layer_can_be_chosen(kind: str, tmp_path: Path) -> None:
+    takes = {"train-0": [0], "valid-0": [1], "test-0": [0, 1, 2], "test-1": [0, 1, 2]}
+    _, said = evaluated(kind, write_levels(tmp_path, takes), 1)
+    [line] = [line for line in said if "no layer can be chosen" in line]
+    assert line.startswith("mine: ")
+    assert line.endswith("the last one is taken")
 
 
 def test_threads_are_limited_in_an_evaluation_only() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate import metrics, retrieval, text_probe, verification
-from pretrain.evaluate.config import NeuralConfig, TextProbeConfig
+from pretrain.evaluate.config import NeuralConfig, ProbeConfig, TextProbeConfig
 from pretrain.evaluate.features import Labelled, Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Utterance
@@ -72,6 +72,34 @@ def test_verification_chooses_the_layer_on_other_speakers() -> None:
         verification.verification(encoder, utterances[:8], utterances[8:10], waves)
 
 
+def test_the_sample_that_chooses_a_layer_has_many_pairs_of_both_kinds() -> None:
+    """With the numbers of VoxCeleb1, recordings at equal distances have no pair of one speaker."""
+    everyone = [Utterance("", f"{s}/{t}", f"s{s}") for s in range(1_211) for t in range(122)]
+    some = verification.sampled(everyone)
+    same_P = verification.all_pairs(some).same_P
+    assert 190 <= len(some) <= 210
+    assert same_P.sum() >= 300
+    assert (~same_P).sum() >= 300
+    assert [u.name for u in verification.sampled(everyone[::-1])] == [u.name for u in some]
+    singles = [Utterance("", f"alone{s}", f"alone{s}") for s in range(1_000)]
+    assert verification.sampled(everyone[: 122 * 50] + singles) == verification.sampled(everyone[: 122 * 50])
+    few = verification.sampled(everyone[: 122 * 4])
+    assert len(few) == 200
+    assert len({u.name for u in few}) == 200
+    assert verification.sampled([]) == []
+
+
+def test_few_validation_speakers_choose_the_layer_of_verification_with_those_of_training() -> None:
+    utterances, waves, encoder = voices(5.0, speakers=12)
+    train, valid, test = utterances[:24], utterances[24:28], utterances[28:]
+    assert not verification.can_choose(valid)
+    others = verification.for_choice(train, valid, least_speakers=5)
+    assert {u.name for u in others} == {u.name for u in utterances[:28]}
+    assert verification.can_choose(others)
+    assert verification.verification(encoder, others, test, waves).value < 0.1
+    assert verification.for_choice(train, utterances[24:44], least_speakers=5) == utterances[24:44]
+
+
 def test_trials_name_recordings_by_the_end_of_their_path(tmp_path: Path) -> None:
     utterances, _, _ = voices(1.0, speakers=2, takes=2)
     (tmp_path / "trials.txt").write_text("1 0/0.wav 0/1.wav\n0 0/0.wav 1/0.wav\n0 0/0.wav 9/9.wav\n")
@@ -83,6 +111,8 @@ def test_trials_name_recordings_by_the_end_of_their_path(tmp_path: Path) -> None
         (tmp_path / "trials.txt").write_text(text)
         with pytest.raises(ConfigError, match=said):
             verification.read_trials(tmp_path / "trials.txt", utterances)
+    with pytest.raises(ConfigError, match=r"trials=.*/typo.txt: there is no such file.*leave `trials` empty"):
+        verification.read_trials(tmp_path / "typo.txt", utterances)
 
 
 def test_average_precision_of_known_rankings() -> None:
@@ -105,6 +135,19 @@ def test_ranking_counts_other_speakers_only() -> None:
     assert metrics.accuracy([retrieval.ranking(part, 1)]) > 0.95
     assert metrics.accuracy([retrieval.ranking(part, 0)]) < 0.5
     assert sum(count for _, count in retrieval.ranking(part, 1).values()) == 40
+
+
+def test_few_validation_speakers_choose_the_layer_of_ranking_with_those_of_training() -> None:
+    words = torch.arange(4).repeat(6)
+    x_NLD = torch.from_numpy(RNG.normal(0, 1, (24, 2, 8))).float()
+    x_NLD[:, 1, :4] += 9 * torch.eye(4)[words]
+    train = Labelled(x_NLD[:20], words[:20], np.repeat(np.arange(5), 4), tuple("abcde"))
+    valid = Labelled(x_NLD[20:], words[20:], np.zeros(4, int), ("f",))
+    assert retrieval.best_layer(valid) is None  # no utterance of another speaker
+    both = retrieval.for_choice(train, valid, ProbeConfig())
+    assert len(both.y_N) == 24
+    assert retrieval.best_layer(both) == 1
+    assert retrieval.for_choice(valid, train, ProbeConfig()) is train
 
 
 def spoken(text: str, speaker: str, informed: bool) -> text_probe.UtteranceFeatures:

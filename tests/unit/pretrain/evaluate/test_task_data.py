@@ -19,6 +19,7 @@ from pretrain.evaluate.manifest import Listing, Utterance, read_audio, read_list
 from pretrain.evaluate.task_data import divide, list_task
 from pretrain.evaluate.task_inputs import TaskInputs
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
+from pretrain.evaluate.verification import all_pairs
 from tests.support.corpora import preprocess_here
 
 RNG = np.random.default_rng(0)
@@ -82,15 +83,17 @@ def common_voice(root: Path) -> None:
 
 
 def intents(root: Path) -> None:
-    for split, action in (("train", "activate"), ("valid", "activate"), ("test", "decrease")):
-        sound(root / "wavs" / "speakers" / split / "x.wav")
-        row = f"0,wavs/speakers/{split}/x.wav,{split},turn it on,{action},lights,none"
-        write(root / "data" / f"{split}_data.csv", ",path,speakerId,transcription,action,object,location", row)
+    for split in ("train", "valid", "test"):
+        rows = []
+        for action in ("activate", "decrease"):
+            sound(root / "wavs" / "speakers" / split / f"{action}.wav")
+            rows.append(f"0,wavs/speakers/{split}/{action}.wav,{split},turn it on,{action},lights,none")
+        write(root / "data" / f"{split}_data.csv", ",path,speakerId,transcription,action,object,location", *rows)
 
 
 def emotion(root: Path) -> None:
-    for session, label in ((1, "neu"), (2, "exc"), (3, "sad"), (3, "fru")):
-        name = f"Ses0{session}F_impro01_{'F' if label != 'fru' else 'M'}000"
+    for session, label in ((1, "neu"), (1, "hap"), (2, "exc"), (3, "sad"), (3, "fru")):
+        name = f"Ses0{session}F_impro01_{'F' if label not in ('fru', 'hap') else 'M'}000"
         sound(root / f"Session{session}" / "sentences" / "wav" / f"Ses0{session}F_impro01" / f"{name}.wav")
         file = root / f"Session{session}" / "dialog" / "EmoEvaluation" / f"{name[:-5]}_{label}.txt"
         write(file, "% header", f"[6.29 - 8.23]\t{name}\t{label}\t[2.5, 2.5, 2.5]", "C-E2:\tNeutral;\t()")
@@ -147,9 +150,9 @@ def test_every_shipped_task_can_be_read() -> None:
 
 def test_a_task_is_read_from_shards_with_labels_in_their_json(tmp_path: Path) -> None:
     rows = []
-    for number in range(6):
+    for number in range(12):
         sound(tmp_path / "audio" / f"{number}.wav", 0.3)
-        rows.append({"path": f"audio/{number}.wav", "speaker": f"s{number}", "mood": ("glad", "sad")[number % 2]})
+        rows.append({"path": f"audio/{number}.wav", "speaker": f"s{number // 2}", "mood": ("glad", "sad")[number % 2]})
     write(tmp_path / "list.jsonl", *map(json.dumps, rows))
     corpus = ManifestCorpus(path=str(tmp_path / "list.jsonl"))
     preprocess_here(PreprocessConfig(out=str(tmp_path / "shards"), corpus=corpus, cut=CutConfig(min_seconds=0.0)))
@@ -175,13 +178,14 @@ def opened(file: Path, task: str = "keywords", **fields: object) -> TaskInputs:
 
 
 def test_a_class_column_of_another_name_is_refused_with_the_columns_that_exist(tmp_path: Path) -> None:
-    file = manifest(tmp_path, "audio,spk,word,split", "a.wav,1,yes,train", "b.wav,2,no,valid", "c.wav,3,yes,test")
+    rows = ("a.wav,1,yes,train", "b.wav,2,no,valid", "c.wav,3,yes,test", "d.wav,3,no,test")
+    file = manifest(tmp_path, "audio,spk,word,split", *rows)
     with pytest.raises(ConfigError, match=r"no utterance has a value in the column 'label'.*audio, spk, word, split"):
         opened(file)
     write(tmp_path / "own.yaml", "kind: utterances", "data: list.csv", "label: [word]")
     task = opened(file, str(tmp_path / "own.yaml"))
     assert task.classes == {"no": 0, "yes": 1}
-    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert [len(part) for part in task.parts] == [1, 1, 2]
 
 
 def test_one_class_empty_labels_and_no_speakers_are_refused(tmp_path: Path) -> None:
@@ -205,12 +209,49 @@ def test_one_class_empty_labels_and_no_speakers_are_refused(tmp_path: Path) -> N
 TRIPLE = ("train", "valid", "test")
 
 
+@pytest.mark.parametrize("kind", ["utterances", "ranking", "frames"])
+def test_a_test_split_of_one_class_is_refused(kind: str, tmp_path: Path) -> None:
+    rows = ("a.wav,1,yes,train", "b.wav,2,no,train", "c.wav,3,no,valid", "d.wav,3,yes,valid", "e.wav,4,no,test")
+    manifest(tmp_path, "path,speaker,word,split", *rows)
+    write(tmp_path / "times.csv", "path,start,end,label", *(f"{r[:5]},0.0,0.1,{r.split(',')[2]}" for r in rows))
+    write(tmp_path / "own.yaml", f"kind: {kind}", "data: list.csv", "label: [word]", "alignment: times.csv")
+    where = r"times\.csv" if kind == "frames" else "the column word"
+    with pytest.raises(ConfigError, match=rf"split test has one class in {where} \(no\).*give it .* another class"):
+        opened(tmp_path / "list.csv", str(tmp_path / "own.yaml"))
+    assert opened(tmp_path / "list.csv", str(tmp_path / "own.yaml"), ask="valid").classes == {"no": 0, "yes": 1}
+
+
+def test_a_list_of_trials_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    voxceleb(tmp_path)
+    (tmp_path / "veri_test.txt").unlink()
+    config = EvaluateConfig(checkpoint="x", data={"voxceleb": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"trials=.*/veri_test.txt: there is no such file.*leave `trials` empty"):
+        TaskInputs(config, "voxceleb", lambda line: None)
+
+
+def test_the_layer_of_trials_is_chosen_on_a_sample_of_other_speakers(tmp_path: Path) -> None:
+    voxceleb(tmp_path)
+    recording = sound(tmp_path / "id20000" / "abc" / "00000.wav").read_bytes()
+    for number in range(1_200):
+        file = tmp_path / f"id2{number // 4:04}" / "abc" / f"{number % 4}.wav"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(recording)
+    task = TaskInputs(EvaluateConfig(checkpoint="x", data={"voxceleb": str(tmp_path)}), "voxceleb", lambda line: None)
+    _, others, used = task.parts
+    assert {u.speaker for u in used} == {"id10001", "id10002"}
+    assert not {u.speaker for u in others} & {u.speaker for u in used}
+    assert len(others) == pytest.approx(200, abs=10)
+    assert all_pairs(others).same_P.sum() >= 200
+
+
 def test_unusable_rows_and_recordings_are_counted_and_named(tmp_path: Path) -> None:
     rows = [
         f"{name}.wav,{name},{label},{split}"
         for name, label, split in zip("abcd", "xyxy", (*TRIPLE, "train"), strict=True)
     ]
-    file = manifest(tmp_path, "path,speaker,label,split", *rows, "gone.wav,g,x,train", "e.wav,e,y,train")
+    file = manifest(
+        tmp_path, "path,speaker,label,split", *rows, "f.wav,c,y,test", "gone.wav,g,x,train", "e.wav,e,y,train"
+    )
     (tmp_path / "e.wav").write_bytes(b"RIFF no audio")
     said: list[str] = []
     config = EvaluateConfig(checkpoint="x", manifest=str(file))
