@@ -230,13 +230,15 @@ class TaskEvaluation:
         return rows + (self.verification(encoders) if by_speaker else [])
 
     def verification(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
-        """Measures equal error rates: of the task's pairs, or on speakers of the data's splits valid and test."""
+        """Measures equal error rates: of the task's pairs, or of the speakers of the split that is asked for."""
         inputs = self.inputs
         train, valid, test = inputs.parts
         if inputs.kind != "pairs":
             everyone = [u for part in inputs.parts for u in part]
             train, valid, test = ([u for u in everyone if u.split == split] for split in SPLITS)
-            if not valid or len({u.speaker for u in test}) < 2:
+            if self.config.ask == "valid":
+                valid, test = [], valid
+            if not train + valid or len({u.speaker for u in test}) < 2:
                 return []
         others = verification.for_choice(train, valid, self.config.probe.least_speakers)
         if not verification.can_choose(others):

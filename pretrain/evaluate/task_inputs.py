@@ -122,19 +122,18 @@ class TaskInputs:
 
     def _usable(self, parts: list[list[Utterance]]) -> list[list[Utterance]]:
         """Decodes all utterances and leaves out those that cannot be used, which are counted and named."""
-        kept, self.seconds, problems = [], 0.0, list[str]()
+        kept, self.seconds, problems = [], 0.0, dict[str, list[str]]()
         for split, part in zip(SPLITS, parts, strict=True):
-            usable, bad, seconds = self.waves.usable(part)
+            usable, problems[split], seconds = self.waves.usable(part)
             if part and not usable:
-                raise ConfigError(f"task={self.name}: no recording of split {split} can be used; {bad[0]}")
+                raise ConfigError(f"task={self.name}: no recording of split {split} can be used; {problems[split][0]}")
             kept.append(usable)
             self.seconds += seconds
-            problems += bad
-        if problems:
-            self._unusable(problems)
-            self.notes.append(f"{len(problems)} recordings cannot be used")
-            if self.trials is not None:
-                raise ConfigError(f"task={self.name}: {len(problems)} recordings of its trials cannot be used")
+        if found := [problem for some in problems.values() for problem in some]:
+            self._unusable(found)
+            self.notes.append(f"{len(found)} recordings cannot be used")
+        if self.trials is not None and (lost := problems["test"]):
+            raise ConfigError(f"task={self.name}: {len(lost)} recordings of its trials cannot be used; {lost[0]}")
         return kept
 
     def _unusable(self, problems: Sequence[str]) -> None:

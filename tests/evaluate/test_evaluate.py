@@ -79,6 +79,12 @@ def test_speakers_are_evaluated_by_probe_and_by_verification(corpus: Path, saved
     assert all(0.0 <= row.value <= 1.0 for row in rows)
 
 
+def test_validation_speakers_are_verified_alone(corpus: Path, saved: Path) -> None:
+    """The corpus has one of them, who has no pairs with another one; those of the test are not used instead."""
+    rows = evaluate(settings(corpus, saved, "speaker", seeds=1, ask="valid"), say=lambda line: None)
+    assert {row.measure for row in rows} == {"accuracy"}
+
+
 def test_following_a_run_writes_to_its_tensorboard(corpus: Path, saved: Path) -> None:
     (saved / "config.json").write_text("{}")
     options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.iterations=20"]
