@@ -20,6 +20,16 @@ from data_pipeline.corpora.records import Discovered, Reject
 from data_pipeline.corpora.tables import as_text, read_table
 
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES: Final = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Usual values of the column split, in lower case."""
+FOR_PRETRAINING: Final = "pretrain"
+"""Value of the column split of recordings that are not evaluated, even where speakers are divided again."""
+SHOWN_SPLITS: Final = 8
+"""Values of the column split that a message names."""
 FIELDS: Final = ("speaker", "text", "language", "corpus", "split")
 """Fields of an utterance that may be used as its label; every other column is in `labels`."""
 TIMES: Final = {
@@ -63,6 +73,12 @@ class Utterance:
         """Returns the value of a column; "" if the utterance has none."""
         found: str = getattr(self, column) if column in FIELDS else self.labels.get(column, "")
         return found
+
+    @property
+    def part(self) -> str:
+        """The split (train, valid or test) that the value of the column split stands for; "" for other values."""
+        value = self.split.casefold()
+        return next((split for split, names in SPLIT_NAMES.items() if value in names), "")
 
 
 @dataclass(frozen=True)
@@ -260,7 +276,7 @@ def labelled_parts(
         ValueError: a speaker is in both splits.
     """
     chosen = [u for u in utterances if (not corpora or u.corpus in corpora) and is_labelled(u)]
-    train, other = ([u for u in chosen if u.split == name] for name in ("train", split))
+    train, other = ([u for u in chosen if u.part == name] for name in ("train", split))
     require_disjoint(train, other)
     return train, other
 
@@ -269,6 +285,20 @@ def corpora_in_words(chosen: Sequence[str], utterances: Iterable[Utterance]) -> 
     """Returns the field `corpora`, what it chooses, and the corpora that there are, for a message."""
     there = ", ".join(sorted({u.corpus or "(unnamed)" for u in utterances})) or "none"
     return f"corpora={','.join(chosen)}{'' if chosen else '(all)'}; the manifest has the corpora: {there}"
+
+
+def splits_in_words(utterances: Iterable[Utterance]) -> str:
+    """Returns the number of utterances by value of the column split, such as "pretrain 20, held-out 3"."""
+    counts = Counter(u.split or "(none)" for u in utterances).most_common()
+    shown = ", ".join(f"{value} {count}" for value, count in counts[:SHOWN_SPLITS])
+    return f"{shown} and {len(counts) - SHOWN_SPLITS} more values" if len(counts) > SHOWN_SPLITS else shown
+
+
+def unused_splits(utterances: Sequence[Utterance]) -> str:
+    """Returns a note on utterances that are in no split of an evaluation; "" if there are none."""
+    if not utterances:
+        return ""
+    return f"{len(utterances)} utterances of other splits are not used: {splits_in_words(utterances)}"
 
 
 def thinned(part: Sequence[Utterance], most: int) -> list[Utterance]:

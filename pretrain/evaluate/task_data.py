@@ -22,13 +22,16 @@ from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_na
 from pretrain.evaluate.label_sets import REST
 from pretrain.evaluate.manifest import (
     FIELDS,
+    FOR_PRETRAINING,
     SPLITS,
     Listing,
     Utterance,
     find_manifest,
     read_listing,
     require_disjoint,
+    splits_in_words,
     thinned,
+    unused_splits,
     utterances_of,
 )
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
@@ -227,7 +230,8 @@ def divide(
     """Divides utterances into train, valid and test.
 
     Splits of the data are used as far as it has them. Without test or train, all speakers are divided again; without
-    valid, speakers of train are taken. Which speaker goes where depends on the names of the speakers alone.
+    valid, speakers of train are taken. Which speaker goes where depends on the names of the speakers alone. Utterances
+    for pretraining are in no split, unless the task's `splits` name them.
 
     Args:
         task: the task.
@@ -237,7 +241,7 @@ def divide(
         classes: class of each utterance, for tasks that divide the takes of a class.
 
     Returns:
-        The three splits, and how they were made; "" where the data has all three.
+        The three splits, and how they were made and what is in none of them; "" where all are the data's own.
 
     Raises:
         ConfigError: a split is empty, or speakers are not known.
@@ -281,22 +285,42 @@ def _speakers(task: Task, utterances: Sequence[Utterance]) -> tuple[list[list[Ut
             f"task={task.name}: {nameless} of {len(utterances)} utterances have no speaker, so that splits may share "
             "speakers; name the column (columns: {speaker: NAME}), or set split_by: takes and read the figure with care"
         )
-    names = {split: set(task.config.splits.get(split, (split,))) for split in SPLITS}
-    parts = [[u for u in utterances if u.split in names[split]] for split in SPLITS]
-    train, valid, test = parts
-    if train and valid and test:
-        return parts, ""
-    if train and test:
+    by_split: dict[str, list[Utterance]] = {split: [] for split in (*SPLITS, "")}
+    for u in utterances:
+        by_split[split_of(task, u)].append(u)
+    train, valid, test, others = by_split.values()
+    notes = []
+    if not (train and test):
+        others = [u for u in others if u.split.casefold() == FOR_PRETRAINING]
+        divided = [u for u in utterances if split_of(task, u) or u.split.casefold() != FOR_PRETRAINING]
+        (train, valid, test), counts = _divided(divided)
+        notes.append(f"speakers were divided: {counts[0]} train, {counts[1]} valid, {counts[2]} test")
+        if any(u.split for u in divided):
+            notes.append(f"splits of the data, which lack train or test: {splits_in_words(divided)}")
+    elif not valid:
         order = _shuffled(train)
         held = set(order[: max(1, len(order) // SHARE)])
-        parts = [[u for u in train if u.speaker not in held], [u for u in train if u.speaker in held], test]
-        return parts, f"{len(held)} of {len(order)} speakers of train are for validation"
+        train, valid = [u for u in train if u.speaker not in held], [u for u in train if u.speaker in held]
+        notes.append(f"{len(held)} of {len(order)} speakers of train are for validation")
+    if others:
+        notes.append(unused_splits(others))
+    return [train, valid, test], "; ".join(notes)
+
+
+def split_of(task: Task, utterance: Utterance) -> str:
+    """Returns the split of an utterance, by the values that the task names or else the usual ones; "" for others."""
+    named = task.config.splits
+    own = next((split for split, values in named.items() if utterance.split in values), "")
+    return own or ("" if utterance.part in named else utterance.part)
+
+
+def _divided(utterances: Sequence[Utterance]) -> tuple[list[list[Utterance]], list[int]]:
+    """Divides all speakers; returns the three splits, and the number of speakers of each."""
     order = _shuffled(utterances)
     share = max(1, len(order) // SHARE)
     owner = {name: 2 if at < share else 1 if at < 2 * share else 0 for at, name in enumerate(order)}
     parts = [[u for u in utterances if owner[u.speaker] == number] for number in range(3)]
-    counts = [sum(value == number for value in owner.values()) for number in range(3)]
-    return parts, f"speakers were divided: {counts[0]} train, {counts[1]} valid, {counts[2]} test"
+    return parts, [sum(value == number for value in owner.values()) for number in range(3)]
 
 
 def _shuffled(utterances: Iterable[Utterance]) -> list[str]:

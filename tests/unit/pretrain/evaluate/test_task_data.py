@@ -255,6 +255,51 @@ def test_missing_splits_are_made_of_whole_speakers_and_do_not_depend_on_order(gi
         assert "1 of 5 speakers of train are for validation" in note
 
 
+SPOKEN = "path,speaker,label,split"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Train", "dev", "Test"), ("training", "Validation", "eval"), ("TRAIN", "development", "Evaluation")],
+)
+def test_usual_names_of_splits_are_those_splits(names: tuple[str, str, str], tmp_path: Path) -> None:
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abc", names, strict=True)]
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
+    task = TaskInputs(config, "keywords", said.append)
+    assert [[u.name for u in part] for part in task.parts] == [["a.wav"], ["b.wav"], ["c.wav"]]
+    assert "divided" not in said[0]
+    assert "not used" not in said[0]
+
+
+def test_other_splits_are_counted_in_the_start_line(tmp_path: Path) -> None:
+    splits = ("train", "dev", "test", "pretrain", "held-out", "")
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abcdef", splits, strict=True)]
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
+    task = TaskInputs(config, "keywords", said.append)
+    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert "3 utterances of other splits are not used: pretrain 1, held-out 1, (none) 1" in said[0]
+
+
+def test_recordings_for_pretraining_are_in_no_split_where_speakers_are_divided() -> None:
+    task = Task("own", TaskConfig(kind="utterances"))
+    everyone = [Utterance("", f"{n}", f"s{n}", split=("train", "fold2", "pretrain")[n % 3]) for n in range(12)]
+    parts, note = divide(task, everyone)
+    assert {u.split for part in parts for u in part} == {"train", "fold2"}
+    assert "splits of the data, which lack train or test: train 4, fold2 4" in note
+    assert "4 utterances of other splits are not used: pretrain 4" in note
+
+
+def test_a_task_names_the_values_of_its_splits() -> None:
+    named = {"train": ("train",), "valid": ("dev-clean",), "test": ("dev", "pretrain")}
+    task = Task("own", TaskConfig(kind="utterances", splits=named))
+    values = ("train", "dev-clean", "dev", "pretrain", "validation", "training")
+    parts, note = divide(task, [Utterance("", value, value, split=value) for value in values])
+    assert [[u.name for u in part] for part in parts] == [["train"], ["dev-clean"], ["dev", "pretrain"]]
+    assert note.endswith("not used: validation 1, training 1")
+
+
 def test_two_speakers_are_too_few_to_divide() -> None:
     few = [Utterance("", f"{n}", f"s{n % 2}") for n in range(6)]
     with pytest.raises(ConfigError, match="give data of three or more speakers"):
