@@ -264,7 +264,7 @@ def task_names(config: EvaluateConfig) -> list[str]:
     names = items(config.task)
     known = known_tasks()
     for name in names or [config.task]:
-        if name.endswith((".yaml", ".yml")):
+        if name.endswith(definitions.ENDINGS):
             definitions.find("task", name)
         elif name not in known:
             raise ConfigError(f"task={name}: there is no such task{hint(name, known)}; there are: {', '.join(known)}")

@@ -11,6 +11,8 @@ from data_pipeline.core import plugins
 from data_pipeline.core.schema import ConfigError, hint, load
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+ENDINGS = (".yaml", ".yml")
+"""Endings of files that a user names instead of a definition."""
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ def find(kind: str, name: str) -> Path:
     Raises:
         ConfigError: there is no such definition; with the nearest name.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(ENDINGS):
         file = Path(name).expanduser()
         if not file.is_file():
             raise ConfigError(f"{kind}={name}: there is no such file")
@@ -39,6 +41,11 @@ def find(kind: str, name: str) -> Path:
             return file
     known = names(kind)
     raise ConfigError(f"{kind}={name}: there is no such {kind}{hint(name, known)}; there are: {', '.join(known)}")
+
+
+def title(name: str) -> str:
+    """Returns the name of a definition in tables and results: that of its YAML file, without the ending."""
+    return Path(name).stem if name.endswith(ENDINGS) else name
 
 
 def read(kind: str, name: str, schema: type[T]) -> T:

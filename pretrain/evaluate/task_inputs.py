@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import alignments, label_sets, verification
+from pretrain.evaluate import alignments, definitions, label_sets, verification
 from pretrain.evaluate.config import MEASURES, EvaluateConfig, items, layer_numbers
 from pretrain.evaluate.features import POOLS, Labelled, Waves, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed
@@ -47,7 +46,7 @@ class TaskInputs:
 
     def __init__(self, config: EvaluateConfig, name: str, say: Say, waves: Waves | None = None) -> None:
         self.config, self.say, self.waves = config, say, waves or Waves()
-        self.name = name if name in MEASURES else Path(name).stem
+        self.name = definitions.title(name)
         self.task: Task = open_task(config.frames if name in MEASURES else name)
         self.layers = layer_numbers(config)
         self.phones: dict[str, list[Interval]] = {}

@@ -130,4 +130,4 @@ def open_task(name: str) -> Task:
     file = definitions.find("task", name)
     if made.data and not made.data.startswith(("/", "~")) and "://" not in made.data:
         made = dataclasses.replace(made, data=str(file.parent / made.data))
-    return Task(file.stem, made)
+    return Task(definitions.title(name), made)
