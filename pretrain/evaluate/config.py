@@ -208,6 +208,12 @@ class EvaluateConfig:
         str,
         about("frame labels, instead of the task's: a table, CTM, folder of TextGrids, or ending such as .TextGrid"),
     ] = ""
+    label_set: Annotated[
+        str,
+        about(
+            "silence and folding of the frame labels, instead of the task's: a file of conf/label_set or a YAML file"
+        ),
+    ] = ""
     frames: Annotated[
         str, about(f"task of kind frames whose labels {', '.join(MEASURES)} are measured with", min_length=1)
     ] = "phones"

@@ -54,7 +54,7 @@ def _phones(
     given = config.phones or frames.alignment
     if not given or not (given.startswith(".") or (root / given).exists()):
         return {}, frozenset()
-    symbols = label_sets.read(frames.label_set)
+    symbols = label_sets.read(config.label_set or frames.label_set)
     found = alignments.read_alignment(given, root, utterances, frames.tier)
     return {name: symbols.intervals(some) for name, some in found.items()}, symbols.silence
 

@@ -87,7 +87,7 @@ class TaskInputs:
 
     def _aligned(self, utterances: Sequence[Utterance]) -> list[Utterance]:
         """Reads the frame labels; returns the utterances that have some."""
-        settings, symbols = self.task.config, label_sets.read(self.task.config.label_set)
+        settings, symbols = self.task.config, label_sets.read(self.config.label_set or self.task.config.label_set)
         given = self.config.phones or settings.alignment
         if not given:
             raise ConfigError(f"task={self.name}: has no frame labels; set phones, or the task's alignment")
@@ -156,6 +156,12 @@ class TaskInputs:
         classes = f"; {len(self.classes)} classes: {' '.join(shown)}" if self.classes and self.kind != "pairs" else ""
         notes = "".join(f"; {note}" for note in self.notes)
         self.say(f"{self.name}: {self.seconds / 3600:.2f} h; utterances: {sizes}{classes}{notes}")
+        if self.kind == "frames" and not self.silent:
+            used = self.config.label_set or self.task.config.label_set
+            self.say(
+                f"{self.name}: warning: none of these classes is silence in label_set={used}, so pauses count as "
+                f"speech; if they have labels, set label_set ({', '.join(definitions.names('label_set'))})"
+            )
         if self.kind == "utterances" and len(self.classes) > 1:
             [(common, count)] = Counter(self.label[u.name] for u in self.parts[2]).most_common(1)
             self.say(f"{self.name}: always answering {common!r} would score {count / len(self.parts[2]):.1%}")

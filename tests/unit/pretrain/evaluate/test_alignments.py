@@ -98,6 +98,7 @@ def test_timit_folds_61_symbols_to_39() -> None:
     silent = {symbol for symbol in TIMIT if symbols.folded(symbol) in symbols.silence}
     assert silent == {"h#", "pau", "epi", "bcl", "dcl", "gcl", "pcl", "tcl", "kcl"}
     assert label_sets.read("timit_61").silence == silent
+    assert label_sets.read("any").silence >= silent
 
 
 def test_stress_is_removed_and_silence_is_kept_apart() -> None:

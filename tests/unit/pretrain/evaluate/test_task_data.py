@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,21 @@ def test_unusable_rows_and_recordings_are_counted_and_named(tmp_path: Path) -> N
     assert any(line.startswith("keywords: rejected") and "gone.wav: vanished" in line for line in said)
     assert any(line.startswith("keywords: rejected e.wav") for line in said)
     assert "1 rows rejected (vanished 1); 1 recordings cannot be used" in " ".join(said)
+
+
+def test_the_label_set_of_an_evaluation_says_which_symbols_are_silence(tmp_path: Path) -> None:
+    rows = [f"{name}.wav,{name},{split}" for name, split in zip("abc", TRIPLE, strict=True)]
+    file = manifest(tmp_path, "path,speaker,split", *rows)
+    spoken = [f"{name}.wav\t{at}" for name in "abc" for at in ("0\t0.05\th#", "0.05\t0.1\taa")]
+    write(tmp_path / "phones.tsv", "path\tstart_s\tend_s\tphone", *spoken)
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(file), phones="phones.tsv")
+    assert TaskInputs(config, "phones", said.append).silent == []
+    assert "warning: none of these classes is silence in label_set=arpabet" in said[-1]
+    said.clear()
+    task = TaskInputs(dataclasses.replace(config, label_set="timit_61"), "phones", said.append)
+    assert task.silent == [task.classes["h#"]]
+    assert "warning" not in " ".join(said)
 
 
 def test_parts_and_channels_of_recordings_are_read_as_preprocess_reads_them(tmp_path: Path) -> None:
