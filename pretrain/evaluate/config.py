@@ -206,7 +206,10 @@ class EvaluateConfig:
     ] = dataclasses.field(default_factory=dict)
     phones: Annotated[
         str,
-        about("frame labels, instead of the task's: a table, CTM, folder of TextGrids, or ending such as .TextGrid"),
+        about(
+            "frame labels, instead of the task's: a table, CTM, folder of TextGrids, ending such as .TextGrid, or a "
+            "column of the manifest with a file per row; empty: the column phones, if it names files, else the task's"
+        ),
     ] = ""
     label_set: Annotated[
         str,

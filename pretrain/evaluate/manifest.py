@@ -204,8 +204,12 @@ def read_audio(utterance: Utterance) -> Wave:
     return wave_T
 
 
-def read_phones(alignment: Path) -> dict[str, list[Interval]]:
+def read_phones(alignment: Path, required: Sequence[str] = ("path", "start", "end")) -> dict[str, list[Interval]]:
     """Reads a table of frame labels (TSV, CSV, JSON lines): path as in the manifest to labels in order.
+
+    Args:
+        alignment: the table.
+        required: those of its columns without which it is refused; labels without a path are those of "".
 
     Raises:
         ConfigError: there is no such file, or a column is missing; names those that exist.
@@ -218,10 +222,8 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
             field: next((row.values[name] for name in names if name in row.values), None)
             for field, names in TIMES.items()
         }
-        if row.number == 1 and not row.problem and any(picked[name] is None for name in ("path", "start", "end")):
-            lacking = [
-                f"{name} ({', '.join(TIMES[name])})" for name in ("path", "start", "end") if picked[name] is None
-            ]
+        lacking = [f"{name} ({', '.join(TIMES[name])})" for name in required if picked[name] is None]
+        if row.number == 1 and not row.problem and lacking:
             raise ConfigError(
                 f"phones={alignment}: lacks the columns {'; '.join(lacking)}; its columns are: {', '.join(row.values)}"
             )

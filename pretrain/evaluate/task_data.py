@@ -17,7 +17,7 @@ from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
 from data_pipeline.corpora.tables import TableRow, read_table
-from pretrain.evaluate.alignments import alignment_path, is_ending
+from pretrain.evaluate.alignments import COLUMN, alignment_path, is_ending
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.label_sets import REST
 from pretrain.evaluate.manifest import (
@@ -81,7 +81,7 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
         )
     if path.is_file():
         return read_listing(path, settings.columns)
-    manifest = next((path / f"manifest{ending}" for ending in TABLES if (path / f"manifest{ending}").is_file()), None)
+    manifest = _manifest_in(path)
     if manifest is not None and not settings.pattern:
         return read_listing(manifest, settings.columns)
     if (path / "_done").is_dir() or any(path.glob("*.tar")):
@@ -91,6 +91,10 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
         pattern = re.compile(settings.pattern)
         listing.utterances[:] = [u for u in listing.utterances if pattern.search(u.file)]
     return listing
+
+
+def _manifest_in(folder: Path) -> Path | None:
+    return next((folder / f"manifest{ending}" for ending in TABLES if (folder / f"manifest{ending}").is_file()), None)
 
 
 def _corpus(layout: str, folder: Path) -> CorpusConfig:
@@ -348,14 +352,23 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
 
 
 def alignments(config: EvaluateConfig) -> Iterator[str]:
-    """Yields the table or folder of frame labels of each task of an evaluation that needs one."""
+    """Yields the table or folder of frame labels of each task of an evaluation, unless its manifest names files."""
     for name in task_names(config):
         if name in OF_HEADS:
             continue
         task = open_task(config.frames if name in MEASURES else name)
         given = config.phones or task.config.alignment
         if task.config.kind == "frames" and given and not is_ending(given):
-            yield str(alignment_path(given, _root(Path(data_of(config, task)).expanduser())))
+            data = Path(data_of(config, task)).expanduser()
+            path = alignment_path(given, _root(data))
+            if path.exists() or not _has_column(data, config.phones or COLUMN):
+                yield str(path)
+
+
+def _has_column(data: Path, column: str) -> bool:
+    """Returns whether a row of a task's manifest has a column; False for data without a manifest."""
+    manifest = data if data.is_file() else _manifest_in(data)
+    return manifest is not None and any(column in row.values for row in read_table(str(manifest), "manifest"))
 
 
 def _root(data: Path) -> Path:

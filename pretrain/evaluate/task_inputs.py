@@ -88,14 +88,20 @@ class TaskInputs:
     def _aligned(self, utterances: Sequence[Utterance]) -> list[Utterance]:
         """Reads the frame labels; returns the utterances that have some."""
         settings, symbols = self.task.config, label_sets.read(self.config.label_set or self.task.config.label_set)
-        given = self.config.phones or settings.alignment
+        given = alignments.choose_alignment(self.config.phones, settings.alignment, utterances)
         if not given:
-            raise ConfigError(f"task={self.name}: has no frame labels; set phones, or the task's alignment")
+            raise ConfigError(
+                f"task={self.name}: has no frame labels; set phones, the task's alignment, or name a file per "
+                f"recording in the manifest's column {alignments.COLUMN}"
+            )
         found = alignments.read_alignment(given, self.root, utterances, settings.tier)
         self.phones, self.silence = {name: symbols.intervals(some) for name, some in found.items()}, symbols.silence
         aligned = [u for u in utterances if self.phones.get(u.name)]
         if len(aligned) < len(utterances):
-            self.notes.append(f"{len(utterances) - len(aligned)} of {len(utterances)} utterances have no frame labels")
+            without = [u.name for u in utterances if not self.phones.get(u.name)]
+            self.notes.append(
+                f"{len(without)} of {len(utterances)} utterances have no frame labels, such as {without[0]}"
+            )
         if not aligned:
             raise ConfigError(f"task={self.name}: {given} has labels of none of its {len(utterances)} utterances")
         return aligned

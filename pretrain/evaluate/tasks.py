@@ -80,8 +80,9 @@ class TaskConfig:
     alignment: Annotated[
         str,
         about(
-            "frames: a table (path, start, end, label) or CTM, a folder of TextGrids, or the ending of a file beside "
-            "each recording, such as .PHN; evaluate's phones comes first"
+            "frames: a table (path, start, end, label) or CTM, a folder of TextGrids, the ending of a file beside each "
+            "recording, such as .PHN, or a column of the manifest with a file per row; evaluate's phones and a column "
+            "phones come first"
         ),
     ] = ""
     tier: Annotated[str, about("tier of TextGrids")] = "phones"
