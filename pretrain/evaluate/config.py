@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 
 from data_pipeline.core.schema import ConfigError, about, config, hint, refuse
 from pretrain.evaluate import definitions
+from pretrain.evaluate.tasks import is_data
 
 MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
@@ -188,8 +189,9 @@ class EvaluateConfig:
     task: Annotated[
         str,
         about(
-            f"definitions of conf/task or YAML files of your own, measures ({', '.join(MEASURES)}), or tasks of "
-            f"runs with a head ({', '.join(OF_HEADS)}); several with commas",
+            "definitions of conf/task, YAML files of your own, manifests with one column of label, text or phones, or "
+            f"folders of CLASS/FILE; measures ({', '.join(MEASURES)}); or tasks of runs with a head "
+            f"({', '.join(OF_HEADS)}); several with commas",
             min_length=1,
         ),
     ] = "phones"
@@ -275,7 +277,7 @@ def task_names(config: EvaluateConfig) -> list[str]:
     for name in names or [config.task]:
         if name.endswith(definitions.ENDINGS):
             definitions.find("task", name)
-        elif name not in known:
+        elif name not in known and not is_data(name):
             raise ConfigError(f"task={name}: there is no such task{hint(name, known)}; there are: {', '.join(known)}")
     return names
 

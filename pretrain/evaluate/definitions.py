@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from data_pipeline.core import plugins
 from data_pipeline.core.schema import ConfigError, hint, load
+from data_pipeline.corpora import tables
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ENDINGS = (".yaml", ".yml")
@@ -44,8 +45,9 @@ def find(kind: str, name: str) -> Path:
 
 
 def title(name: str) -> str:
-    """Returns the name of a definition in tables and results: that of its YAML file, without the ending."""
-    return Path(name).stem if name.endswith(ENDINGS) else name
+    """Returns the name in tables and results: that of a definition, of a YAML file or manifest, or of a folder."""
+    place = Path(name).expanduser().absolute()  # so that "." has a name
+    return place.stem if name.lower().endswith((*ENDINGS, *(f".{ending}" for ending in tables.ENDINGS))) else place.name
 
 
 def read(kind: str, name: str, schema: type[T]) -> T:

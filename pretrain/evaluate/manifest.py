@@ -17,7 +17,7 @@ from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered, Reject
-from data_pipeline.corpora.tables import as_text, read_table
+from data_pipeline.corpora.tables import ENDINGS, as_text, read_table
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES: Final = {
@@ -116,6 +116,11 @@ def find_manifest(given: str) -> Path:
         reason = "is a folder" if path.is_dir() else "there is no such file"
         raise ConfigError(f"manifest={path}: {reason}; name a tab-separated list of labelled audio")
     return path
+
+
+def manifest_in(folder: Path) -> Path | None:
+    """Returns the table `manifest` in a folder, of any kind that can be read; None if there is none."""
+    return next((file for ending in ENDINGS if (file := folder / f"manifest.{ending}").is_file()), None)
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:

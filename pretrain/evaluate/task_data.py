@@ -27,6 +27,7 @@ from pretrain.evaluate.manifest import (
     Listing,
     Utterance,
     find_manifest,
+    manifest_in,
     read_listing,
     require_disjoint,
     splits_in_words,
@@ -36,7 +37,6 @@ from pretrain.evaluate.manifest import (
 )
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
 
-TABLES: Final = (".tsv", ".csv", ".jsonl", ".json")
 SHARE: Final = 5
 """One in this many speakers (or takes) is for test, and one for validation, where splits are made."""
 
@@ -81,7 +81,7 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
         )
     if path.is_file():
         return read_listing(path, settings.columns)
-    manifest = _manifest_in(path)
+    manifest = manifest_in(path)
     if manifest is not None and not settings.pattern:
         return read_listing(manifest, settings.columns)
     if (path / "_done").is_dir() or any(path.glob("*.tar")):
@@ -91,10 +91,6 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
         pattern = re.compile(settings.pattern)
         listing.utterances[:] = [u for u in listing.utterances if pattern.search(u.file)]
     return listing
-
-
-def _manifest_in(folder: Path) -> Path | None:
-    return next((folder / f"manifest{ending}" for ending in TABLES if (folder / f"manifest{ending}").is_file()), None)
 
 
 def _corpus(layout: str, folder: Path) -> CorpusConfig:
@@ -367,7 +363,7 @@ def alignments(config: EvaluateConfig) -> Iterator[str]:
 
 def _has_column(data: Path, column: str) -> bool:
     """Returns whether a row of a task's manifest has a column; False for data without a manifest."""
-    manifest = data if data.is_file() else _manifest_in(data)
+    manifest = data if data.is_file() else manifest_in(data)
     return manifest is not None and any(column in row.values for row in read_table(str(manifest), "manifest"))
 
 

@@ -15,9 +15,9 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.preprocess.config import CutConfig, PreprocessConfig
 from pretrain.evaluate import definitions
-from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.config import EvaluateConfig, task_names
 from pretrain.evaluate.manifest import Listing, Utterance, read_audio, read_listing
-from pretrain.evaluate.task_data import divide, list_task
+from pretrain.evaluate.task_data import divide, inputs, list_task
 from pretrain.evaluate.task_inputs import TaskInputs
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
 from tests.support.corpora import preprocess_here
@@ -338,6 +338,56 @@ def test_a_wrong_definition_names_the_file_and_the_field(text: str, said: str, t
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         open_task(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "kind"),
+    [("path,speaker,label,split", "yes,no,yes", "utterances"), ("audio,spk,Transcript,subset", "a,b,c", "text"),
+     ("path,speaker,phones,split", "a.phn,b.phn,c.phn", "frames")],
+)  # fmt: skip
+def test_a_manifest_is_a_task_by_its_column_of_labels(header: str, values: str, kind: str, tmp_path: Path) -> None:
+    rows = [f"{n}.wav,{n},{v},{s}" for n, v, s in zip("abc", values.split(","), TRIPLE, strict=True)]
+    file = manifest(tmp_path, header, *rows)
+    for name in "abc":
+        write(tmp_path / f"{name}.phn", "0 800 h#", "800 1600 aa")
+    config = EvaluateConfig(checkpoint="x", task=str(file))
+    assert task_names(config) == [str(file)]
+    assert inputs(config) == {"list": str(file)}
+    task = TaskInputs(config, str(file), lambda line: None)
+    assert (task.name, task.kind) == ("list", kind)
+    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert kind != "frames" or task.silent == [task.classes["h#"]]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "said"),
+    [("path,speaker,label,text", "a.wav,1,yes,yes", "has label, text; its columns are: path, speaker, label, text"),
+     ("path,speaker,mood", "a.wav,1,glad", "has none; its columns are: path, speaker, mood; write a YAML file")],
+)  # fmt: skip
+def test_a_manifest_with_several_kinds_of_labels_or_none_is_refused(
+    header: str, row: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_task(str(manifest(tmp_path, header, row)))
+
+
+def test_a_folder_of_classes_is_a_task(tmp_path: Path) -> None:
+    for label in ("glad", "sad"):
+        for take in range(5):
+            sound(tmp_path / "moods.v2" / label / f"{take}.wav")
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", task=f"{tmp_path / 'moods.v2'}/")
+    task = TaskInputs(config, *task_names(config), said.append)
+    assert task.name == "moods.v2"
+    assert task.classes == {"glad": 0, "sad": 1}
+    assert [len(part) for part in task.parts] == [6, 2, 2]
+    assert "speakers are not known" in task.task.config.caveat
+    for split in ("train", "test"):
+        sound(tmp_path / "divided" / split / "glad" / "1.wav")
+    with pytest.raises(ConfigError, match="needs a folder of recordings per class, and has the folders test, train"):
+        open_task(str(tmp_path / "divided"))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        open_task(str(tmp_path / "gone.csv"))
 
 
 def test_listings_of_folders_name_the_columns_of_their_pattern(tmp_path: Path) -> None:
