@@ -184,8 +184,8 @@ def write(result: dict[str, Any], out: Path) -> None:
         f"`{result['command']}`: {result['machine']}, {result['when']}. {result['experiment']}, {result['seeds']} "
         "seeds of random weights, one pretraining for each row.",
         "", *markdown_table(header, cells), "",
-        f"Phones: {MEASURE} of speechocean762, unseen speakers; labels by the alignment of the folder of speech, which may",
-        "be automatic. Intervals: paired bootstrap over test speakers.",
+        f"Phones: {MEASURE} of speechocean762, unseen speakers; labels by the alignment of the folder of speech, which",
+        "may be automatic. Intervals: paired bootstrap over test speakers.",
         f"The gate, for the first two lines: {100 * OVER_RANDOM:+g} points over random weights, and for phones "
         f"{100 * OVER_LOG_MEL:+g} over log-mel",
         "with context. Words are judged over random weights only.", "",

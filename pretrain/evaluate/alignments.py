@@ -1,26 +1,40 @@
-"""Frame labels from files: tables, NIST's CTM, Praat's TextGrid, and TIMIT's .PHN beside the audio."""
+"""Frame labels from files: tables, NIST's CTM, Praat's TextGrid, and TIMIT's .PHN, also those that a manifest names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.corpora.tables import ENDINGS
 from pretrain.evaluate.manifest import Interval, Utterance, intervals_of, read_phones
 
 Aligned = Mapping[str, list[Interval]]
 """Labels by name of an utterance, in seconds from its start."""
+COLUMN: Final = "phones"
+"""Column of a manifest that names the file of labels of each row; it comes before the alignment of a task."""
 
 
-def read_alignment(given: str, root: Path, utterances: Iterable[Utterance], tier: str) -> Aligned:
+def choose_alignment(asked: str, usual: str, utterances: Sequence[Utterance]) -> str:
+    """Returns where frame labels are: as the evaluation asks, else in files of the column `phones`, else as usual."""
+    return asked or (COLUMN if names_files(COLUMN, utterances) else usual)
+
+
+def names_files(column: str, utterances: Iterable[Utterance]) -> bool:
+    """Returns whether a column names files of labels, by their endings."""
+    known = (*READERS, ".ctm", *(f".{ending}" for ending in ENDINGS))
+    return any(PurePosixPath(u.labels.get(column, "")).suffix.lower() in known for u in utterances)
+
+
+def read_alignment(given: str, root: Path, utterances: Sequence[Utterance], tier: str) -> Aligned:
     """Returns the labels of the utterances that have some.
 
     Args:
-        given: a table or CTM file, a folder of TextGrids, or the ending of a file beside each recording, such as .PHN;
-            relative paths begin at `root`.
+        given: a table or CTM file, a folder of TextGrids, the ending of a file beside each recording, such as .PHN, or
+            a column with the file of each; relative paths begin at `root`.
         root: folder of the task's data.
         utterances: the utterances.
         tier: name of the tier in TextGrids.
@@ -31,6 +45,8 @@ def read_alignment(given: str, root: Path, utterances: Iterable[Utterance], tier
     path = alignment_path(given, root)
     if is_ending(given):
         found = {u.name: _beside(u, given, tier) for u in utterances}
+    elif names_files(given, utterances):  # before the folder, since the table of the task phones is in a folder phones
+        found = _from_column(given, root, utterances, tier)
     elif path.is_dir():
         found = _from_folder(path, utterances, tier)
     else:
@@ -132,6 +148,35 @@ def _beside(utterance: Utterance, ending: str, tier: str) -> list[Interval]:
         if (file := stem.with_name(name)).is_file():
             return intervals_of(utterance, {utterance.file: reader(file, tier)})
     return []
+
+
+def _from_column(column: str, root: Path, utterances: Sequence[Utterance], tier: str) -> dict[str, list[Interval]]:
+    """Reads the file that each row names; its times begin at the start of the recording, also for a part of it."""
+    files = {given: root / Path(given).expanduser() for u in utterances if (given := u.labels.get(column, ""))}
+    tables = {given: _of_file(file, tier) for given, file in files.items() if file.is_file()}
+    if not tables:
+        raise ConfigError(
+            f"phones={column}: none of the {len(files)} files in this column of the manifest exists, such as "
+            f"{next(iter(files.values()))}"
+        )
+    named = ((u, tables[given]) for u in utterances if (given := u.labels.get(column, "")) in tables)
+    return {u.name: intervals_of(u, {u.file: _of_recording(u, table)}) for u, table in named}
+
+
+def _of_file(file: Path, tier: str) -> dict[str, list[Interval]]:
+    """Returns the labels in a file by recording; "" if it names none."""
+    ending = file.suffix.lower()
+    if ending in READERS:
+        return {"": READERS[ending](file, tier)}
+    return read_ctm(file) if ending == ".ctm" else read_phones(file, required=("start", "end"))
+
+
+def _of_recording(utterance: Utterance, table: Mapping[str, list[Interval]]) -> list[Interval]:
+    """Returns the labels of an utterance's recording; those of the only one, whatever its name."""
+    if len(table) == 1:
+        return next(iter(table.values()))
+    stem = PurePosixPath(utterance.file).stem
+    return table.get(utterance.file) or next((v for name, v in table.items() if PurePosixPath(name).stem == stem), [])
 
 
 def _from_folder(folder: Path, utterances: Iterable[Utterance], tier: str) -> dict[str, list[Interval]]:

@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 
 from data_pipeline.core.schema import ConfigError, about, config, hint, refuse
 from pretrain.evaluate import definitions
+from pretrain.evaluate.tasks import is_data
 
 MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
@@ -193,8 +194,9 @@ class EvaluateConfig:
     task: Annotated[
         str,
         about(
-            f"definitions of conf/task or YAML files of your own, measures ({', '.join(MEASURES)}), or tasks of "
-            f"runs with a head ({', '.join(OF_HEADS)}); several with commas",
+            "definitions of conf/task, YAML files of your own, manifests with one column of label, text or phones, or "
+            f"folders of CLASS/FILE; measures ({', '.join(MEASURES)}); or tasks of runs with a head "
+            f"({', '.join(OF_HEADS)}); several with commas",
             min_length=1,
         ),
     ] = "phones"
@@ -211,7 +213,16 @@ class EvaluateConfig:
     ] = dataclasses.field(default_factory=dict)
     phones: Annotated[
         str,
-        about("frame labels, instead of the task's: a table, CTM, folder of TextGrids, or ending such as .TextGrid"),
+        about(
+            "frame labels, instead of the task's: a table, CTM, folder of TextGrids, ending such as .TextGrid, or a "
+            "column of the manifest with a file per row; empty: the column phones, if it names files, else the task's"
+        ),
+    ] = ""
+    label_set: Annotated[
+        str,
+        about(
+            "silence and folding of the frame labels, instead of the task's: a file of conf/label_set or a YAML file"
+        ),
     ] = ""
     frames: Annotated[
         str, about(f"task of kind frames whose labels {', '.join(MEASURES)} are measured with", min_length=1)
@@ -269,9 +280,9 @@ def task_names(config: EvaluateConfig) -> list[str]:
     names = items(config.task)
     known = known_tasks()
     for name in names or [config.task]:
-        if name.endswith((".yaml", ".yml")):
+        if name.endswith(definitions.ENDINGS):
             definitions.find("task", name)
-        elif name not in known:
+        elif name not in known and not is_data(name):
             raise ConfigError(f"task={name}: there is no such task{hint(name, known)}; there are: {', '.join(known)}")
     return names
 

@@ -9,8 +9,11 @@ import yaml  # type: ignore[import-untyped]
 
 from data_pipeline.core import plugins
 from data_pipeline.core.schema import ConfigError, hint, load
+from data_pipeline.corpora import tables
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+ENDINGS = (".yaml", ".yml")
+"""Endings of files that a user names instead of a definition."""
 T = TypeVar("T")
 
 
@@ -29,7 +32,7 @@ def find(kind: str, name: str) -> Path:
     Raises:
         ConfigError: there is no such definition; with the nearest name.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(ENDINGS):
         file = Path(name).expanduser()
         if not file.is_file():
             raise ConfigError(f"{kind}={name}: there is no such file")
@@ -39,6 +42,12 @@ def find(kind: str, name: str) -> Path:
             return file
     known = names(kind)
     raise ConfigError(f"{kind}={name}: there is no such {kind}{hint(name, known)}; there are: {', '.join(known)}")
+
+
+def title(name: str) -> str:
+    """Returns the name in tables and results: that of a definition, of a YAML file or manifest, or of a folder."""
+    place = Path(name).expanduser().absolute()  # so that "." has a name
+    return place.stem if name.lower().endswith((*ENDINGS, *(f".{ending}" for ending in tables.ENDINGS))) else place.name
 
 
 def read(kind: str, name: str, schema: type[T]) -> T:

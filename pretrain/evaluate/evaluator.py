@@ -12,7 +12,7 @@ from pretrain.evaluate import asr, joint_retrieval, separation, streaming, synth
 from pretrain.evaluate.config import MEASURES, OF_HEADS, WITH_TEXTS, EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
-from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
+from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest, unused_splits
 from pretrain.evaluate.metrics import Interval95
 from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.task_evaluation import TaskEvaluation
@@ -98,7 +98,9 @@ def _of_heads(
     config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say
 ) -> list[ResultRow]:
     """Measures what a head of the checkpoints does: it recognises (also in streams), separates, speaks or embeds."""
-    rows = []
+    rows, corpora = [], items(config.corpora)
+    if note := unused_splits([u for u in utterances if not u.part and (not corpora or u.corpus in corpora)]):
+        say(f"{task}: {note}")
     for given in items(config.checkpoint):
         who, measured = _of_head(config, task, given, utterances, waves, say)
         rows += [

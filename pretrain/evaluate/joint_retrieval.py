@@ -81,7 +81,7 @@ def report(
 def _asked(config: EvaluateConfig, utterances: Sequence[Utterance]) -> Asked:
     """Returns the rows of the split and corpora that the config names, at most `max_utterances`."""
     corpora = items(config.corpora)
-    chosen = [u for u in utterances if u.split == config.ask and (not corpora or u.corpus in corpora)]
+    chosen = [u for u in utterances if u.part == config.ask and (not corpora or u.corpus in corpora)]
     if not chosen:
         raise ConfigError(
             f"task=retrieval: no row in split ask={config.ask} of {corpora_in_words(corpora, utterances)}"

@@ -17,9 +17,19 @@ from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered, Reject
-from data_pipeline.corpora.tables import as_text, read_table
+from data_pipeline.corpora.tables import ENDINGS, as_text, read_table
 
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES: Final = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Usual values of the column split, in lower case."""
+FOR_PRETRAINING: Final = "pretrain"
+"""Value of the column split of recordings that are not evaluated, even where speakers are divided again."""
+SHOWN_SPLITS: Final = 8
+"""Values of the column split that a message names."""
 FIELDS: Final = ("speaker", "text", "language", "corpus", "split")
 """Fields of an utterance that may be used as its label; every other column is in `labels`."""
 TIMES: Final = {
@@ -64,6 +74,12 @@ class Utterance:
         found: str = getattr(self, column) if column in FIELDS else self.labels.get(column, "")
         return found
 
+    @property
+    def part(self) -> str:
+        """The split (train, valid or test) that the value of the column split stands for; "" for other values."""
+        value = self.split.casefold()
+        return next((split for split, names in SPLIT_NAMES.items() if value in names), "")
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -100,6 +116,11 @@ def find_manifest(given: str) -> Path:
         reason = "is a folder" if path.is_dir() else "there is no such file"
         raise ConfigError(f"manifest={path}: {reason}; name a tab-separated list of labelled audio")
     return path
+
+
+def manifest_in(folder: Path) -> Path | None:
+    """Returns the table `manifest` in a folder, of any kind that can be read; None if there is none."""
+    return next((file for ending in ENDINGS if (file := folder / f"manifest.{ending}").is_file()), None)
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:
@@ -188,8 +209,12 @@ def read_audio(utterance: Utterance) -> Wave:
     return wave_T
 
 
-def read_phones(alignment: Path) -> dict[str, list[Interval]]:
+def read_phones(alignment: Path, required: Sequence[str] = ("path", "start", "end")) -> dict[str, list[Interval]]:
     """Reads a table of frame labels (TSV, CSV, JSON lines): path as in the manifest to labels in order.
+
+    Args:
+        alignment: the table.
+        required: those of its columns without which it is refused; labels without a path are those of "".
 
     Raises:
         ConfigError: there is no such file, or a column is missing; names those that exist.
@@ -202,10 +227,8 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
             field: next((row.values[name] for name in names if name in row.values), None)
             for field, names in TIMES.items()
         }
-        if row.number == 1 and not row.problem and any(picked[name] is None for name in ("path", "start", "end")):
-            lacking = [
-                f"{name} ({', '.join(TIMES[name])})" for name in ("path", "start", "end") if picked[name] is None
-            ]
+        lacking = [f"{name} ({', '.join(TIMES[name])})" for name in required if picked[name] is None]
+        if row.number == 1 and not row.problem and lacking:
             raise ConfigError(
                 f"phones={alignment}: lacks the columns {'; '.join(lacking)}; its columns are: {', '.join(row.values)}"
             )
@@ -260,7 +283,7 @@ def labelled_parts(
         ValueError: a speaker is in both splits.
     """
     chosen = [u for u in utterances if (not corpora or u.corpus in corpora) and is_labelled(u)]
-    train, other = ([u for u in chosen if u.split == name] for name in ("train", split))
+    train, other = ([u for u in chosen if u.part == name] for name in ("train", split))
     require_disjoint(train, other)
     return train, other
 
@@ -269,6 +292,20 @@ def corpora_in_words(chosen: Sequence[str], utterances: Iterable[Utterance]) -> 
     """Returns the field `corpora`, what it chooses, and the corpora that there are, for a message."""
     there = ", ".join(sorted({u.corpus or "(unnamed)" for u in utterances})) or "none"
     return f"corpora={','.join(chosen)}{'' if chosen else '(all)'}; the manifest has the corpora: {there}"
+
+
+def splits_in_words(utterances: Iterable[Utterance]) -> str:
+    """Returns the number of utterances by value of the column split, such as "pretrain 20, held-out 3"."""
+    counts = Counter(u.split or "(none)" for u in utterances).most_common()
+    shown = ", ".join(f"{value} {count}" for value, count in counts[:SHOWN_SPLITS])
+    return f"{shown} and {len(counts) - SHOWN_SPLITS} more values" if len(counts) > SHOWN_SPLITS else shown
+
+
+def unused_splits(utterances: Sequence[Utterance]) -> str:
+    """Returns a note on utterances that are in no split of an evaluation; "" if there are none."""
+    if not utterances:
+        return ""
+    return f"{len(utterances)} utterances of other splits are not used: {splits_in_words(utterances)}"
 
 
 def thinned(part: Sequence[Utterance], most: int) -> list[Utterance]:

@@ -51,10 +51,11 @@ def _phones(
 ) -> tuple[dict[str, list[Interval]], frozenset[str]]:
     """Returns the frame labels of the task `config.frames` and its silence; none without an alignment."""
     frames = open_task(config.frames).config
-    given = config.phones or frames.alignment
-    if not given or not (given.startswith(".") or (root / given).exists()):
+    given = alignments.choose_alignment(config.phones, frames.alignment, utterances)
+    beside = given.startswith(".") or alignments.names_files(given, utterances)
+    if not given or not (beside or (root / given).exists()):
         return {}, frozenset()
-    symbols = label_sets.read(frames.label_set)
+    symbols = label_sets.read(config.label_set or frames.label_set)
     found = alignments.read_alignment(given, root, utterances, frames.tier)
     return {name: symbols.intervals(some) for name, some in found.items()}, symbols.silence
 

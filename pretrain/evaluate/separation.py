@@ -92,7 +92,7 @@ def draw_examples(
     by_speaker: dict[str, list[Utterance]] = {}
     corpora = items(config.corpora)
     for utterance in utterances:
-        if utterance.split == config.ask and (not corpora or utterance.corpus in corpora):
+        if utterance.part == config.ask and (not corpora or utterance.corpus in corpora):
             by_speaker.setdefault(utterance.speaker, []).append(utterance)
     if len(by_speaker) < speakers:
         raise ConfigError(

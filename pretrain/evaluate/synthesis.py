@@ -116,9 +116,7 @@ def copy_synthesis(voice: Speaker, wave_T: npt.NDArray[np.float32], vocoder: str
 
 def _asked(config: EvaluateConfig, utterances: Sequence[Utterance]) -> list[Utterance]:
     corpora = items(config.corpora)
-    chosen = [
-        u for u in utterances if u.text.strip() and u.split == config.ask and (not corpora or u.corpus in corpora)
-    ]
+    chosen = [u for u in utterances if u.text.strip() and u.part == config.ask and (not corpora or u.corpus in corpora)]
     if not chosen:
         raise ConfigError(f"task=synthesis: no text in split {config.ask} of the manifest")
     return thinned(chosen, config.max_utterances)

@@ -17,23 +17,26 @@ from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
 from data_pipeline.corpora.tables import TableRow, read_table
-from pretrain.evaluate.alignments import alignment_path, is_ending
+from pretrain.evaluate.alignments import COLUMN, alignment_path, is_ending
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.label_sets import REST
 from pretrain.evaluate.manifest import (
     FIELDS,
+    FOR_PRETRAINING,
     SPLITS,
     Listing,
     Utterance,
     find_manifest,
+    manifest_in,
     read_listing,
     require_disjoint,
+    splits_in_words,
     thinned,
+    unused_splits,
     utterances_of,
 )
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
 
-TABLES: Final = (".tsv", ".csv", ".jsonl", ".json")
 SHARE: Final = 5
 """One in this many speakers (or takes) is for test, and one for validation, where splits are made."""
 
@@ -78,7 +81,7 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
         )
     if path.is_file():
         return read_listing(path, settings.columns)
-    manifest = next((path / f"manifest{ending}" for ending in TABLES if (path / f"manifest{ending}").is_file()), None)
+    manifest = manifest_in(path)
     if manifest is not None and not settings.pattern:
         return read_listing(manifest, settings.columns)
     if (path / "_done").is_dir() or any(path.glob("*.tar")):
@@ -247,7 +250,8 @@ def divide(
     """Divides utterances into train, valid and test.
 
     Splits of the data are used as far as it has them. Without test or train, all speakers are divided again; without
-    valid, speakers of train are taken. Which speaker goes where depends on the names of the speakers alone.
+    valid, speakers of train are taken. Which speaker goes where depends on the names of the speakers alone. Utterances
+    for pretraining are in no split, unless the task's `splits` name them.
 
     Args:
         task: the task.
@@ -257,7 +261,7 @@ def divide(
         classes: class of each utterance, for tasks that divide the takes of a class.
 
     Returns:
-        The three splits, and how they were made; "" where the data has all three.
+        The three splits, and how they were made and what is in none of them; "" where all are the data's own.
 
     Raises:
         ConfigError: a split is empty, or speakers are not known.
@@ -301,22 +305,42 @@ def _speakers(task: Task, utterances: Sequence[Utterance]) -> tuple[list[list[Ut
             f"task={task.name}: {nameless} of {len(utterances)} utterances have no speaker, so that splits may share "
             "speakers; name the column (columns: {speaker: NAME}), or set split_by: takes and read the figure with care"
         )
-    names = {split: set(task.config.splits.get(split, (split,))) for split in SPLITS}
-    parts = [[u for u in utterances if u.split in names[split]] for split in SPLITS]
-    train, valid, test = parts
-    if train and valid and test:
-        return parts, ""
-    if train and test:
+    by_split: dict[str, list[Utterance]] = {split: [] for split in (*SPLITS, "")}
+    for u in utterances:
+        by_split[split_of(task, u)].append(u)
+    train, valid, test, others = by_split.values()
+    notes = []
+    if not (train and test):
+        others = [u for u in others if u.split.casefold() == FOR_PRETRAINING]
+        divided = [u for u in utterances if split_of(task, u) or u.split.casefold() != FOR_PRETRAINING]
+        (train, valid, test), counts = _divided(divided)
+        notes.append(f"speakers were divided: {counts[0]} train, {counts[1]} valid, {counts[2]} test")
+        if any(u.split for u in divided):
+            notes.append(f"splits of the data, which lack train or test: {splits_in_words(divided)}")
+    elif not valid:
         order = _shuffled(train)
         held = set(order[: max(1, len(order) // SHARE)])
-        parts = [[u for u in train if u.speaker not in held], [u for u in train if u.speaker in held], test]
-        return parts, f"{len(held)} of {len(order)} speakers of train are for validation"
+        train, valid = [u for u in train if u.speaker not in held], [u for u in train if u.speaker in held]
+        notes.append(f"{len(held)} of {len(order)} speakers of train are for validation")
+    if others:
+        notes.append(unused_splits(others))
+    return [train, valid, test], "; ".join(notes)
+
+
+def split_of(task: Task, utterance: Utterance) -> str:
+    """Returns the split of an utterance, by the values that the task names or else the usual ones; "" for others."""
+    named = task.config.splits
+    own = next((split for split, values in named.items() if utterance.split in values), "")
+    return own or ("" if utterance.part in named else utterance.part)
+
+
+def _divided(utterances: Sequence[Utterance]) -> tuple[list[list[Utterance]], list[int]]:
+    """Divides all speakers; returns the three splits, and the number of speakers of each."""
     order = _shuffled(utterances)
     share = max(1, len(order) // SHARE)
     owner = {name: 2 if at < share else 1 if at < 2 * share else 0 for at, name in enumerate(order)}
     parts = [[u for u in utterances if owner[u.speaker] == number] for number in range(3)]
-    counts = [sum(value == number for value in owner.values()) for number in range(3)]
-    return parts, f"speakers were divided: {counts[0]} train, {counts[1]} valid, {counts[2]} test"
+    return parts, [sum(value == number for value in owner.values()) for number in range(3)]
 
 
 def _shuffled(utterances: Iterable[Utterance]) -> list[str]:
@@ -344,14 +368,23 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
 
 
 def alignments(config: EvaluateConfig) -> Iterator[str]:
-    """Yields the table or folder of frame labels of each task of an evaluation that needs one."""
+    """Yields the table or folder of frame labels of each task of an evaluation, unless its manifest names files."""
     for name in task_names(config):
         if name in OF_HEADS:
             continue
         task = open_task(config.frames if name in MEASURES else name)
         given = config.phones or task.config.alignment
         if task.config.kind == "frames" and given and not is_ending(given):
-            yield str(alignment_path(given, _root(Path(data_of(config, task)).expanduser())))
+            data = Path(data_of(config, task)).expanduser()
+            path = alignment_path(given, _root(data))
+            if path.exists() or not _has_column(data, config.phones or COLUMN):
+                yield str(path)
+
+
+def _has_column(data: Path, column: str) -> bool:
+    """Returns whether a row of a task's manifest has a column; False for data without a manifest."""
+    manifest = data if data.is_file() else manifest_in(data)
+    return manifest is not None and any(column in row.values for row in read_table(str(manifest), "manifest"))
 
 
 def _root(data: Path) -> Path:

@@ -18,6 +18,7 @@ from pretrain.evaluate.neural_probe import fit_neural
 from pretrain.evaluate.probe import View, fit, fit_probe, joined
 from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.supervised import Example, fit_supervised
+from pretrain.evaluate.task_data import split_of
 from pretrain.evaluate.task_inputs import Say, TaskInputs
 
 Tallies = dict[str, list[Tally]]
@@ -235,7 +236,7 @@ class TaskEvaluation:
         train, valid, test = inputs.parts
         if inputs.kind != "pairs":
             everyone = [u for part in inputs.parts for u in part]
-            train, valid, test = ([u for u in everyone if u.split == split] for split in SPLITS)
+            train, valid, test = ([u for u in everyone if split_of(inputs.task, u) == split] for split in SPLITS)
             if self.config.ask == "valid":
                 valid, test = [], valid
             if not train + valid or len({u.speaker for u in test}) < 2:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import alignments, label_sets, verification
+from pretrain.evaluate import alignments, definitions, label_sets, verification
 from pretrain.evaluate.config import MEASURES, EvaluateConfig, items, layer_numbers
 from pretrain.evaluate.features import POOLS, Labelled, Waves, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed
@@ -48,7 +47,7 @@ class TaskInputs:
 
     def __init__(self, config: EvaluateConfig, name: str, say: Say, waves: Waves | None = None) -> None:
         self.config, self.say, self.waves = config, say, waves or Waves()
-        self.name = name if name in MEASURES else Path(name).stem
+        self.name = definitions.title(name)
         self.task: Task = open_task(config.frames if name in MEASURES else name)
         self.layers = layer_numbers(config)
         self.phones: dict[str, list[Interval]] = {}
@@ -93,15 +92,21 @@ class TaskInputs:
 
     def _aligned(self, utterances: Sequence[Utterance]) -> list[Utterance]:
         """Reads the frame labels; returns the utterances that have some."""
-        settings, symbols = self.task.config, label_sets.read(self.task.config.label_set)
-        given = self.config.phones or settings.alignment
+        settings, symbols = self.task.config, label_sets.read(self.config.label_set or self.task.config.label_set)
+        given = alignments.choose_alignment(self.config.phones, settings.alignment, utterances)
         if not given:
-            raise ConfigError(f"task={self.name}: has no frame labels; set phones, or the task's alignment")
+            raise ConfigError(
+                f"task={self.name}: has no frame labels; set phones, the task's alignment, or name a file per "
+                f"recording in the manifest's column {alignments.COLUMN}"
+            )
         found = alignments.read_alignment(given, self.root, utterances, settings.tier)
         self.phones, self.silence = {name: symbols.intervals(some) for name, some in found.items()}, symbols.silence
         aligned = [u for u in utterances if self.phones.get(u.name)]
         if len(aligned) < len(utterances):
-            self.notes.append(f"{len(utterances) - len(aligned)} of {len(utterances)} utterances have no frame labels")
+            without = [u.name for u in utterances if not self.phones.get(u.name)]
+            self.notes.append(
+                f"{len(without)} of {len(utterances)} utterances have no frame labels, such as {without[0]}"
+            )
         if not aligned:
             raise ConfigError(f"task={self.name}: {given} has labels of none of its {len(utterances)} utterances")
         return aligned
@@ -162,6 +167,12 @@ class TaskInputs:
         classes = f"; {len(self.classes)} classes: {' '.join(shown)}" if self.classes and self.kind != "pairs" else ""
         notes = "".join(f"; {note}" for note in self.notes)
         self.say(f"{self.name}: {self.seconds / 3600:.2f} h; utterances: {sizes}{classes}{notes}")
+        if self.kind == "frames" and not self.silent:
+            used = self.config.label_set or self.task.config.label_set
+            self.say(
+                f"{self.name}: warning: none of these classes is silence in label_set={used}, so pauses count as "
+                f"speech; if they have labels, set label_set ({', '.join(definitions.names('label_set'))})"
+            )
         if self.kind == "utterances" and len(self.classes) > 1:
             [(common, count)] = Counter(self.label[u.name] for u in self.parts[2]).most_common(1)
             self.say(f"{self.name}: always answering {common!r} would score {count / len(self.parts[2]):.1%}")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import ConfigError, about, config, refuse
+from data_pipeline.corpora.columns import ColumnNames
+from data_pipeline.corpora.tables import ENDINGS, read_table
 from pretrain.evaluate import definitions
+from pretrain.evaluate.alignments import COLUMN
+from pretrain.evaluate.manifest import SPLIT_NAMES, manifest_in
 
+Kinds = Literal["frames", "utterances", "pairs", "text", "ranking", "few_shot"]
 Layouts = Literal[
     "auto", "librispeech", "mls", "common_voice", "voxpopuli", "gigaspeech", "webdataset", "lhotse", "lhotse_shar"
 ]
@@ -19,7 +25,7 @@ class TaskConfig:
     """A task of `auricle evaluate`: a file of conf/task or of the user."""
 
     kind: Annotated[
-        Literal["frames", "utterances", "pairs", "text", "ranking", "few_shot"],
+        Kinds,
         about(
             "frames: a label with times for each frame; utterances: one label each; pairs: same speaker or not (equal "
             "error rate); text: CTC on frozen features (error rates); ranking: utterances of the same label first "
@@ -80,8 +86,9 @@ class TaskConfig:
     alignment: Annotated[
         str,
         about(
-            "frames: a table (path, start, end, label) or CTM, a folder of TextGrids, or the ending of a file beside "
-            "each recording, such as .PHN; evaluate's phones comes first"
+            "frames: a table (path, start, end, label) or CTM, a folder of TextGrids, the ending of a file beside each "
+            "recording, such as .PHN, or a column of the manifest with a file per row; evaluate's phones and a column "
+            "phones come first"
         ),
     ] = ""
     tier: Annotated[str, about("tier of TextGrids")] = "phones"
@@ -104,6 +111,16 @@ class TaskConfig:
             refuse("label_pattern", self.label_pattern, "and label_files must be set together")
 
 
+KINDS: Final[dict[str, Kinds]] = {"label": "utterances", "text": "text", COLUMN: "frames"}
+"""Kind of the task of a manifest without a definition, by its column of labels."""
+_SPLITS: Final = {name for names in SPLIT_NAMES.values() for name in names}
+_CAVEAT: Final = "speakers are not known, so that they may be in several splits"
+_REMEDY: Final = (
+    "write a YAML file, as in `kind: utterances`, `data: PLACE`, `label: [COLUMN]`, for folders with a `pattern` whose "
+    "groups are label, speaker and split"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task and its name in tables."""
@@ -121,13 +138,54 @@ def open_task(name: str) -> Task:
     """Reads a task.
 
     Args:
-        name: a definition of conf/task or of a plug-in folder, or a YAML file.
+        name: a definition of conf/task or of a plug-in folder, a YAML file, a manifest, or a folder of classes.
 
     Raises:
-        ConfigError: there is no such task, or a field of it is wrong.
+        ConfigError: there is no such task, a field of it is wrong, or data without a definition has several kinds of
+            labels or none.
     """
+    if is_data(name):
+        return Task(definitions.title(name), _of_data(name))
     made = definitions.read("task", name, TaskConfig)
     file = definitions.find("task", name)
     if made.data and not made.data.startswith(("/", "~")) and "://" not in made.data:
         made = dataclasses.replace(made, data=str(file.parent / made.data))
-    return Task(file.stem, made)
+    return Task(definitions.title(name), made)
+
+
+def is_data(name: str) -> bool:
+    """Returns whether a task is given by its data: a manifest, or a folder that is not named like a definition."""
+    path = Path(name).expanduser()
+    return path.suffix.lower().removeprefix(".") in ENDINGS or (name not in definitions.names("task") and path.is_dir())
+
+
+def _of_data(name: str) -> TaskConfig:
+    """Returns the task of a manifest, by its column of labels, or of a folder with a folder of recordings per class."""
+    path = Path(name).expanduser()
+    if path.is_dir() and (manifest := manifest_in(path)):
+        path = manifest
+    if path.is_dir():
+        classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+        if not classes or all(folder.casefold() in _SPLITS for folder in classes):
+            raise ConfigError(
+                f"task={name}: needs a folder of recordings per class, and has the folders "
+                f"{', '.join(classes) or 'none'}; {_REMEDY}"
+            )
+        return TaskConfig(
+            kind="utterances", data=str(path), pattern="^(?P<label>[^/]+)/", split_by="takes", caveat=_CAVEAT
+        )
+    if not path.is_file():
+        raise ConfigError(f"task={name}: there is no such file")
+    fields, columns = ColumnNames({}), dict[str, None]()
+    found: set[str] = set()
+    for row in read_table(str(path), "task"):
+        columns |= dict.fromkeys(row.values)
+        found |= {*fields.of(row.values), *row.values}
+    labels = [column for column in KINDS if column in found]
+    if len(labels) != 1:
+        raise ConfigError(
+            f"task={name}: needs one of the columns {', '.join(KINDS)}, which say what is measured, and has "
+            f"{', '.join(labels) or 'none'}; its columns are: {', '.join(columns)}; {_REMEDY}"
+        )
+    made = TaskConfig(kind=KINDS[labels[0]], data=str(path))
+    return made if found & {"speaker", "split"} else dataclasses.replace(made, split_by="takes", caveat=_CAVEAT)

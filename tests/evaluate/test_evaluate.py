@@ -140,6 +140,13 @@ def test_a_task_added_later_is_evaluated_on_checkpoints_done_before(
     assert {(2, "rankme"), (4, "rankme")} < set(seen)
 
 
+def test_a_task_of_a_file_is_evaluated_once(follow: Callable[..., list[int]], tmp_path: Path) -> None:
+    save(tmp_path / "run", 2, 4)
+    (tmp_path / "pitches.yaml").write_text("kind: utterances\n")
+    assert follow(f"task={tmp_path / 'pitches.yaml'}") == [2, 4]
+    assert follow(f"task={tmp_path / 'pitches.yaml'}") == [2, 4]
+
+
 def test_repeated_steps_are_evaluated_again(follow: Callable[..., list[int]], tmp_path: Path) -> None:
     save(tmp_path / "run", 2, 4)
     follow()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def test_it_is_said_where_no_layer_can_be_chosen(kind: str, tmp_path: Path) -> N
     [line] = [line for line in said if "no layer can be chosen" in line]
     assert line.startswith("mine: ")
     assert line.endswith("the last one is taken")
+
+
+def test_the_command_evaluates_a_folder_of_classes(
+    corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in corpus.glob("*.wav"):
+        place = tmp_path / "pitches" / file.stem.split("-")[1] / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    given = [f"checkpoint={saved}", f"task={tmp_path / 'pitches'}", "baselines=false", "seeds=1", "bootstrap=100"]
+    assert main(["evaluate", *given, f"out={tmp_path / 'out'}", f"runs={tmp_path / 'runs'}"]) == 0
+    assert [row["task"] for row in json.loads((tmp_path / "out" / "results.json").read_text())] == ["pitches"]
+    assert "pitches: speakers are not known" in capsys.readouterr().out
 
 
 def test_threads_are_limited_in_an_evaluation_only() -> None:

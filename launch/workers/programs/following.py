@@ -12,6 +12,7 @@ from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
 from launch.runs.summary import last_activity
 from pretrain.checkpointing.locate import saved_steps
+from pretrain.evaluate import definitions
 from pretrain.evaluate.config import EvaluateConfig, task_names
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def follow_checkpoints(config: EvaluateConfig) -> None:
     run_folder = Path(config.checkpoint).expanduser()
     if not (run_folder / "config.json").is_file() or "," in config.checkpoint:
         raise ConfigError(f"checkpoint={config.checkpoint}: with follow=true this must be one run folder")
-    tasks = task_names(config)
+    tasks = {definitions.title(task): task for task in task_names(config)}
     done: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
     for row in read_rows(run_folder / "evaluations.jsonl"):
         done[row["step"], row.get("weights", "")].add(row["task"])
@@ -70,7 +71,7 @@ def follow_checkpoints(config: EvaluateConfig) -> None:
         encoder = opened(saved, config.device)
         if encoder is None:
             continue
-        lacking = ",".join(task for task in tasks if task not in done[saved[:2]])
+        lacking = ",".join(task for title, task in tasks.items() if title not in done[saved[:2]])
         done[saved[:2]] |= set(tasks)
         measured = evaluate(
             replace(config, task=lacking, baselines=False, checkpoint=str(saved.folder)), encoders=[encoder]

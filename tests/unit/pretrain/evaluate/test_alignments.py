@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate import definitions, label_sets
 from pretrain.evaluate.alignments import read_alignment
+from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.manifest import Interval, Utterance, grid_labels, intervals_of
+from pretrain.evaluate.task_data import alignments as required_alignments
+from pretrain.evaluate.task_inputs import TaskInputs
 
 SYMBOLS = """bcl b dcl d gcl g pcl p tcl t kcl k dx q jh ch s sh z zh f th v dh m n ng em en eng nx l r w y hh hv el iy
 ih eh ey ae aa aw ay ah ao oy ow uh uw ux er ax ix axr ax-h pau epi h#"""
@@ -58,6 +64,43 @@ def test_every_form_gives_the_same_labels(form: str, tmp_path: Path) -> None:
     assert read_alignment(given, tmp_path, [one, other], "phones") == {"a/one.wav": spoken}
 
 
+@pytest.mark.parametrize("form", ["tsv", "ctm", "phn", "TextGrid"])
+def test_a_manifest_names_a_file_of_labels_per_row(form: str, tmp_path: Path) -> None:
+    rows = ["path,phones,speaker,split"]
+    for name, split in zip("abc", ("train", "valid", "test"), strict=True):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(16_000), 16_000)
+        file = tmp_path / "phones" / f"{name}1.{form}"
+        file.parent.mkdir(exist_ok=True)
+        if form == "TextGrid":
+            pytest.importorskip("praatio")
+            file.write_text(long_textgrid(EXPECTED[:2]))
+        elif form == "ctm":
+            file.write_text("\n".join(f"{name} 1 {i.start} {i.end - i.start} {i.phone}" for i in EXPECTED[:2]))
+        elif form == "phn":
+            file.write_text("0 8000 sil\n8000 12000 AH0\n")
+        else:
+            file.write_text("\n".join(["start_s\tend_s\tphone", "0\t0.5\tsil", "0.5\t0.75\tAH0"]))
+        rows.append(f"{name}.wav,phones/{name}1.{form},{name},{split}")
+    soundfile.write(tmp_path / "d.wav", np.zeros(16_000), 16_000)
+    (tmp_path / "list.csv").write_text("\n".join([*rows, "d.wav,phones/gone.ctm,d,test"]))
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(tmp_path / "list.csv"))
+    assert list(required_alignments(config)) == []
+    task = TaskInputs(config, "phones", said.append)
+    assert {name: [i.phone for i in found] for name, found in task.phones.items()} == {
+        f"{name}.wav": ["sil", "AH"] for name in "abc"
+    }
+    assert "1 of 4 utterances have no frame labels, such as d.wav" in said[-1]
+    (tmp_path / "list.csv").write_text("\n".join([rows[0].replace("phones", "grid"), *rows[1:]]))
+    assert len(TaskInputs(dataclasses.replace(config, phones="grid"), "phones", said.append).phones) == 3
+
+
+def test_files_of_labels_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    listed = [Utterance("a.wav", "a.wav", file="a.wav", labels={"phones": "gone.TextGrid"})]
+    with pytest.raises(ConfigError, match=r"none of the 1 files in this column .* such as .*gone\.TextGrid"):
+        read_alignment("phones", tmp_path, listed, "phones")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -98,6 +141,7 @@ def test_timit_folds_61_symbols_to_39() -> None:
     silent = {symbol for symbol in TIMIT if symbols.folded(symbol) in symbols.silence}
     assert silent == {"h#", "pau", "epi", "bcl", "dcl", "gcl", "pcl", "tcl", "kcl"}
     assert label_sets.read("timit_61").silence == silent
+    assert label_sets.read("any").silence >= silent
 
 
 def test_stress_is_removed_and_silence_is_kept_apart() -> None:

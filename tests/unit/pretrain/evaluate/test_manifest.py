@@ -30,6 +30,12 @@ def test_parts_have_labels_and_are_of_the_corpora() -> None:
     assert names(labelled_parts(LISTED, ("c",), "test", lambda u: bool(u.text))) == [[], []]
 
 
+def test_usual_names_of_splits_are_those_splits() -> None:
+    listed = [utterance(0, "Training", "ann"), utterance(1, "dev", "bob"), utterance(2, "EVAL", "eve")]
+    assert names(labelled_parts(listed, (), "test", lambda u: True)) == [["0"], ["2"]]
+    assert names(labelled_parts(listed, (), "valid", lambda u: True)) == [["0"], ["1"]]
+
+
 def test_a_speaker_in_both_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="ann"):
         labelled_parts([*LISTED, utterance(5, "test", "ann")], (), "test", lambda u: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.preprocess.config import CutConfig, PreprocessConfig
 from pretrain.evaluate import definitions
-from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.config import EvaluateConfig, task_names
 from pretrain.evaluate.manifest import Listing, Utterance, read_audio, read_listing
-from pretrain.evaluate.task_data import divide, list_task
+from pretrain.evaluate.task_data import divide, inputs, list_task
 from pretrain.evaluate.task_inputs import TaskInputs
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
 from pretrain.evaluate.verification import all_pairs
@@ -262,6 +263,21 @@ def test_unusable_rows_and_recordings_are_counted_and_named(tmp_path: Path) -> N
     assert "1 rows rejected (vanished 1); 1 recordings cannot be used" in " ".join(said)
 
 
+def test_the_label_set_of_an_evaluation_says_which_symbols_are_silence(tmp_path: Path) -> None:
+    rows = [f"{name}.wav,{name},{split}" for name, split in zip("abc", TRIPLE, strict=True)]
+    file = manifest(tmp_path, "path,speaker,split", *rows)
+    spoken = [f"{name}.wav\t{at}" for name in "abc" for at in ("0\t0.05\th#", "0.05\t0.1\taa")]
+    write(tmp_path / "phones.tsv", "path\tstart_s\tend_s\tphone", *spoken)
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(file), phones="phones.tsv")
+    assert TaskInputs(config, "phones", said.append).silent == []
+    assert "warning: none of these classes is silence in label_set=arpabet" in said[-1]
+    said.clear()
+    task = TaskInputs(dataclasses.replace(config, label_set="timit_61"), "phones", said.append)
+    assert task.silent == [task.classes["h#"]]
+    assert "warning" not in " ".join(said)
+
+
 def test_parts_and_channels_of_recordings_are_read_as_preprocess_reads_them(tmp_path: Path) -> None:
     sound(tmp_path / "two.wav", 1.0, channels=2)
     whole, _ = soundfile.read(tmp_path / "two.wav", dtype="float32")
@@ -296,6 +312,51 @@ def test_missing_splits_are_made_of_whole_speakers_and_do_not_depend_on_order(gi
         assert "1 of 5 speakers of train are for validation" in note
 
 
+SPOKEN = "path,speaker,label,split"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Train", "dev", "Test"), ("training", "Validation", "eval"), ("TRAIN", "development", "Evaluation")],
+)
+def test_usual_names_of_splits_are_those_splits(names: tuple[str, str, str], tmp_path: Path) -> None:
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abc", names, strict=True)]
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
+    task = TaskInputs(config, "keywords", said.append)
+    assert [[u.name for u in part] for part in task.parts] == [["a.wav"], ["b.wav"], ["c.wav"]]
+    assert "divided" not in said[0]
+    assert "not used" not in said[0]
+
+
+def test_other_splits_are_counted_in_the_start_line(tmp_path: Path) -> None:
+    splits = ("train", "dev", "test", "pretrain", "held-out", "")
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abcdef", splits, strict=True)]
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
+    task = TaskInputs(config, "keywords", said.append)
+    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert "3 utterances of other splits are not used: pretrain 1, held-out 1, (none) 1" in said[0]
+
+
+def test_recordings_for_pretraining_are_in_no_split_where_speakers_are_divided() -> None:
+    task = Task("own", TaskConfig(kind="utterances"))
+    everyone = [Utterance("", f"{n}", f"s{n}", split=("train", "fold2", "pretrain")[n % 3]) for n in range(12)]
+    parts, note = divide(task, everyone)
+    assert {u.split for part in parts for u in part} == {"train", "fold2"}
+    assert "splits of the data, which lack train or test: train 4, fold2 4" in note
+    assert "4 utterances of other splits are not used: pretrain 4" in note
+
+
+def test_a_task_names_the_values_of_its_splits() -> None:
+    named = {"train": ("train",), "valid": ("dev-clean",), "test": ("dev", "pretrain")}
+    task = Task("own", TaskConfig(kind="utterances", splits=named))
+    values = ("train", "dev-clean", "dev", "pretrain", "validation", "training")
+    parts, note = divide(task, [Utterance("", value, value, split=value) for value in values])
+    assert [[u.name for u in part] for part in parts] == [["train"], ["dev-clean"], ["dev", "pretrain"]]
+    assert note.endswith("not used: validation 1, training 1")
+
+
 def test_two_speakers_are_too_few_to_divide() -> None:
     few = [Utterance("", f"{n}", f"s{n % 2}") for n in range(6)]
     with pytest.raises(ConfigError, match="give data of three or more speakers"):
@@ -318,6 +379,56 @@ def test_a_wrong_definition_names_the_file_and_the_field(text: str, said: str, t
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         open_task(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "kind"),
+    [("path,speaker,label,split", "yes,no,yes", "utterances"), ("audio,spk,Transcript,subset", "a,b,c", "text"),
+     ("path,speaker,phones,split", "a.phn,b.phn,c.phn", "frames")],
+)  # fmt: skip
+def test_a_manifest_is_a_task_by_its_column_of_labels(header: str, values: str, kind: str, tmp_path: Path) -> None:
+    rows = [f"{n}.wav,{n},{v},{s}" for n, v, s in zip("abc", values.split(","), TRIPLE, strict=True)]
+    file = manifest(tmp_path, header, *rows)
+    for name in "abc":
+        write(tmp_path / f"{name}.phn", "0 800 h#", "800 1600 aa")
+    config = EvaluateConfig(checkpoint="x", task=str(file))
+    assert task_names(config) == [str(file)]
+    assert inputs(config) == {"list": str(file)}
+    task = TaskInputs(config, str(file), lambda line: None)
+    assert (task.name, task.kind) == ("list", kind)
+    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert kind != "frames" or task.silent == [task.classes["h#"]]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "said"),
+    [("path,speaker,label,text", "a.wav,1,yes,yes", "has label, text; its columns are: path, speaker, label, text"),
+     ("path,speaker,mood", "a.wav,1,glad", "has none; its columns are: path, speaker, mood; write a YAML file")],
+)  # fmt: skip
+def test_a_manifest_with_several_kinds_of_labels_or_none_is_refused(
+    header: str, row: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_task(str(manifest(tmp_path, header, row)))
+
+
+def test_a_folder_of_classes_is_a_task(tmp_path: Path) -> None:
+    for label in ("glad", "sad"):
+        for take in range(5):
+            sound(tmp_path / "moods.v2" / label / f"{take}.wav")
+    said: list[str] = []
+    config = EvaluateConfig(checkpoint="x", task=f"{tmp_path / 'moods.v2'}/")
+    task = TaskInputs(config, *task_names(config), said.append)
+    assert task.name == "moods.v2"
+    assert task.classes == {"glad": 0, "sad": 1}
+    assert [len(part) for part in task.parts] == [6, 2, 2]
+    assert "speakers are not known" in task.task.config.caveat
+    for split in ("train", "test"):
+        sound(tmp_path / "divided" / split / "glad" / "1.wav")
+    with pytest.raises(ConfigError, match="needs a folder of recordings per class, and has the folders test, train"):
+        open_task(str(tmp_path / "divided"))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        open_task(str(tmp_path / "gone.csv"))
 
 
 def test_listings_of_folders_name_the_columns_of_their_pattern(tmp_path: Path) -> None:
