@@ -167,7 +167,7 @@ def test_a_task_is_read_from_shards_with_labels_in_their_json(tmp_path: Path) ->
 
 
 def manifest(folder: Path, header: str, *rows: str) -> Path:
-    for name in "abcdef":
+    for name in "abcdefg":
         sound(folder / f"{name}.wav")
     write(folder / "list.csv", header, *rows)
     return folder / "list.csv"
@@ -320,22 +320,22 @@ SPOKEN = "path,speaker,label,split"
     [("Train", "dev", "Test"), ("training", "Validation", "eval"), ("TRAIN", "development", "Evaluation")],
 )
 def test_usual_names_of_splits_are_those_splits(names: tuple[str, str, str], tmp_path: Path) -> None:
-    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abc", names, strict=True)]
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abcd", (*names, names[2]), strict=True)]
     said: list[str] = []
     config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
     task = TaskInputs(config, "keywords", said.append)
-    assert [[u.name for u in part] for part in task.parts] == [["a.wav"], ["b.wav"], ["c.wav"]]
+    assert [[u.name for u in part] for part in task.parts] == [["a.wav"], ["b.wav"], ["c.wav", "d.wav"]]
     assert "divided" not in said[0]
     assert "not used" not in said[0]
 
 
 def test_other_splits_are_counted_in_the_start_line(tmp_path: Path) -> None:
-    splits = ("train", "dev", "test", "pretrain", "held-out", "")
-    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abcdef", splits, strict=True)]
+    splits = ("train", "dev", "test", "test", "pretrain", "held-out", "")
+    rows = [f"{name}.wav,{name},{name},{split}" for name, split in zip("abcdefg", splits, strict=True)]
     said: list[str] = []
     config = EvaluateConfig(checkpoint="x", manifest=str(manifest(tmp_path, SPOKEN, *rows)))
     task = TaskInputs(config, "keywords", said.append)
-    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert [len(part) for part in task.parts] == [1, 1, 2]
     assert "3 utterances of other splits are not used: pretrain 1, held-out 1, (none) 1" in said[0]
 
 
@@ -383,20 +383,20 @@ def test_a_wrong_definition_names_the_file_and_the_field(text: str, said: str, t
 
 @pytest.mark.parametrize(
     ("header", "values", "kind"),
-    [("path,speaker,label,split", "yes,no,yes", "utterances"), ("audio,spk,Transcript,subset", "a,b,c", "text"),
-     ("path,speaker,phones,split", "a.phn,b.phn,c.phn", "frames")],
+    [("path,speaker,label,split", "yes,no,yes,no", "utterances"), ("audio,spk,Transcript,subset", "a,b,c,d", "text"),
+     ("path,speaker,phones,split", "a.phn,b.phn,c.phn,d.phn", "frames")],
 )  # fmt: skip
 def test_a_manifest_is_a_task_by_its_column_of_labels(header: str, values: str, kind: str, tmp_path: Path) -> None:
-    rows = [f"{n}.wav,{n},{v},{s}" for n, v, s in zip("abc", values.split(","), TRIPLE, strict=True)]
+    rows = [f"{n}.wav,{n},{v},{s}" for n, v, s in zip("abcd", values.split(","), (*TRIPLE, "test"), strict=True)]
     file = manifest(tmp_path, header, *rows)
-    for name in "abc":
+    for name in "abcd":
         write(tmp_path / f"{name}.phn", "0 800 h#", "800 1600 aa")
     config = EvaluateConfig(checkpoint="x", task=str(file))
     assert task_names(config) == [str(file)]
     assert inputs(config) == {"list": str(file)}
     task = TaskInputs(config, str(file), lambda line: None)
     assert (task.name, task.kind) == ("list", kind)
-    assert [len(part) for part in task.parts] == [1, 1, 1]
+    assert [len(part) for part in task.parts] == [1, 1, 2]
     assert kind != "frames" or task.silent == [task.classes["h#"]]
 
 
