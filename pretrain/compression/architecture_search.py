@@ -7,7 +7,7 @@ that is started again draws the same subnets and reads the scores of those that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +37,17 @@ class ScoredSubnet(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a search.  most_rtf, most_megabytes: largest cost; None: no limit."""
+    """Limits of a search.  most_rtf, most_megabytes: largest cost; least_rtf: smallest; None: no limit."""
 
     most_rtf: float | None = None
     most_megabytes: float | None = None
+    least_rtf: float | None = None
 
     def over(self, cost: SubnetCost) -> dict[str, float]:
-        """Returns by how much a cost is above each limit, as a share of it; 0 or less where it is within."""
+        """Returns by how much a cost is outside of each limit, as a share of it; 0 or less where it is within."""
         limits = {"rtf": (cost.rtf, self.most_rtf), "megabytes": (cost.megabytes, self.most_megabytes)}
-        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
+        found = {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
+        return found if self.least_rtf is None else found | {"least rtf": 1 - cost.rtf / self.least_rtf}
 
     def holds(self, cost: SubnetCost) -> bool:
         """Returns whether a cost is within all limits."""
@@ -160,7 +162,7 @@ def subnet_label(subnet: Subnet) -> str:
 
 def _require_room(space: Space, cost: Callable[[Subnet], SubnetCost], budget: Budget) -> None:
     least = cost(space.smallest)
-    if not budget.holds(least):
+    if not replace(budget, least_rtf=None).holds(least):
         raise ConfigError(
             f"the smallest subnet ({subnet_label(space.smallest)}) has an rtf of {least.rtf:.5f} and "
             f"{least.megabytes:.1f} MB, and the limits are {_limit(budget.most_rtf)} and "
