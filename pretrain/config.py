@@ -103,8 +103,8 @@ class EngineConfig:
     fake_int8: Annotated[
         float,
         about(
-            "share of the updates, the last ones, in which linear layers of front end and encoder round weights and "
-            "inputs as an INT8 graph does (needs torchao); 0: none",
+            "share of the updates, the last ones, in which the encoder's linear layers round weights and inputs as an "
+            "INT8 graph does (needs torchao); 0: none",
             ge=0,
             le=1,
         ),

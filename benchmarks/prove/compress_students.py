@@ -88,6 +88,24 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
     return best, truncated, units
 
 
+def longer_teacher(teacher: Path, updates: int, work: Path, shards: Path) -> list[Model]:
+    """Trains the teacher on, on its own labels; returns its front end and first block.
+
+    A student above the truncated teacher may only have been trained for longer; these rows show that.
+
+    Args:
+        teacher: the run.
+        updates: further ones, as many as the student of units has.
+        work: folder of the runs.
+        shards: unlabelled speech.
+    """
+    targets = json.loads((teacher / "config.json").read_text(encoding="utf-8"))["data"]["targets"]
+    labels = ", ".join(f"{name}: {place}" for name, place in targets.items())
+    overrides = ["+experiment=quality_hubert", f"init={teacher}", f"data.targets={{{labels}}}"]
+    run = train("longer_teacher", updates, work, shards, *overrides)
+    return [Model(f"teacher trained longer, after block {layer}", run, layer) for layer in range(STUDENT_BLOCKS + 1)]
+
+
 def students(
     teacher: Path, updates: Updates, work: Path, shards: Path, seed: int
 ) -> tuple[list[Model], dict[str, str]]:

@@ -8,8 +8,8 @@ distilled from it on the splits pretrain and train, anew for each seed. At the l
 are alike, from this machine's table, within 3 %: the best subnet on validation speakers of NSGA-II, of as many random
 draws and of uniform scaling; beside them the deepest truncation of the supernet that is not slower. All share the
 supernet's weights and are compared on test speakers, paired. The page is written after each seed, and the same command
-continues. Writes benchmarks/results/search.json and .md. Exit
-code 1 unless at each latency the search is 0.5 points above uniform scaling (interval above 0) and above random search.
+continues. Writes benchmarks/results/search.json and .md. Exit code 1 unless at each latency the search is 0.5 points
+above uniform scaling (interval above 0) and above random search.
 """
 
 from __future__ import annotations

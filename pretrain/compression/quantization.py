@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.core.atomic_files import write_synced
 from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interop.graph_export import Run, open_graph
+from pretrain.nn.fake_int8 import int8_layers
 from pretrain.profiling.processor import instruction_sets
 from pretrain.self_supervision.kmeans import kmeans
 from pretrain.self_supervision.quantizers import nearest_codes
@@ -52,8 +53,7 @@ def linear_products(graph: Any, model: SpeechModel) -> list[str]:
         graph: the ModelProto that `model` was exported to, alone or as a part of a module.
         model: front end and encoder.
     """
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear = {name for name in layers if not name.startswith("frontend.")}
+    linear = int8_layers(model)
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = []
     for node in graph.graph.node:
@@ -83,8 +83,13 @@ def quantize(
         reduce_range: 7 bits for weights, for processors whose 8-bit products saturate (x86 without VNNI).
 
     Raises:
-        ConfigError: static mode without audio.
+        ConfigError: static mode without audio, or no products: onnxruntime would then quantise all, the filterbank too.
     """
+    if not nodes:
+        raise ConfigError(
+            "--int8: the graph has no product with a linear layer of the encoder, which alone run in 8 bits; "
+            "export it without --int8, or a later --layer"
+        )
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 

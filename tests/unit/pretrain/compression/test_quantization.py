@@ -190,3 +190,11 @@ def test_a_probe_that_loses_points_refuses_the_graph(tmp_path: Path, monkeypatch
     monkeypatch.setattr("pretrain.evaluate.graph_encoder.open_graph_encoder", lambda folder: None)  # of no graph
     with pytest.raises(ConfigError, match=r"lose 2.0 points \(allowed: 1\), 50.0 → 48.0"):
         quantized_export.probe_loss(tmp_path, tmp_path, "")
+
+
+def test_a_graph_without_products_of_the_encoder_is_refused(tmp_path: Path) -> None:
+    """onnxruntime takes an empty list of nodes for all of them."""
+    onnx.save(product(np.eye(4, dtype=np.float32), np.zeros(4, np.float32)), tmp_path / "fp32.onnx")
+    with pytest.raises(ConfigError, match="no product with a linear layer of the encoder"):
+        quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [], "dynamic", [], False)
+    assert not (tmp_path / "int8.onnx").exists()

@@ -146,3 +146,10 @@ def test_it_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ConfigError, match="pip install torchao"):
         add_fake_int8(nn.Linear(2, 2))
+
+
+def test_the_front_end_is_not_rounded() -> None:
+    pytest.importorskip("torchao")
+    model = nn.ModuleDict({"frontend": nn.Linear(2, 2), "encoder": nn.Linear(2, 2)})
+    add_fake_int8(model)
+    assert [type(model[name]) for name in ("frontend", "encoder")] == [nn.Linear, FakeInt8Linear]
