@@ -356,9 +356,9 @@ class Config:
         if self.engine.name in ("federated", "meta"):
             remedy = "objective.elastic needs the micro-batches of an update in one process; take torch or deepspeed"
             refuse("engine.name", self.engine.name, remedy)
-        if self.objective.varies_depth and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
-            remedy = "needs the same blocks on all ranks, and objective.elastic.blocks differ; take 2 or less"
-            refuse("engine.zero_stage", 3, remedy)
+        if self.objective.varies_depth and self.engine.name == "deepspeed" and self.engine.zero_stage > 1:
+            remedy = "reduces gradients block by block on all ranks, and objective.elastic.blocks differ; take 0 or 1"
+            refuse("engine.zero_stage", self.engine.zero_stage, remedy)
         if self.tune.name != "full":
             refuse("tune.name", self.tune.name, "leaves weights as they are; a supernet (objective.elastic) needs full")
 

@@ -97,6 +97,12 @@ class TrainModule(nn.Module):
         """The shortest utterance, in samples, that can have a target: follows from front end, masks and targets."""
         return self.objective.least_samples(self.model.frontend)
 
+    @functools.cached_property
+    def varies_depth(self) -> bool:
+        """Whether micro-batches of an update run different numbers of blocks (a supernet)."""
+        space = self.objective.space()
+        return space is not None and len(space.blocks) > 1
+
     @torch.no_grad()
     def prepare(self, batch: Batch, ctx: StepContext) -> TrainPlan:
         """Draws masks and counts targets; runs no layer.
@@ -161,6 +167,8 @@ class TrainModule(nn.Module):
             loss = loss + output.total.float() * factor
             metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
             metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
+        if self.varies_depth:  # of a block that this micro-batch leaves out, another rank may run: gradients of 0
+            loss = loss + 0.0 * sum(weight.sum() for weight in self.parameters() if weight.requires_grad)
         one = torch.ones((), device=loss.device)
         watched = self.model.frontend.watched() | stage_deviations(encoded)
         metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}

@@ -32,7 +32,12 @@ from pretrain.train_module import TrainModule, TrainPlan
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, slots: int, world: DistributedContext, module: nn.Module
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    slots: int,
+    world: DistributedContext,
+    module: nn.Module,
+    same_blocks: bool = True,
 ) -> dict[str, Any]:
     """Returns DeepSpeed's own config for a run.
 
@@ -45,6 +50,7 @@ def deepspeed_config(
         slots: micro-batches of each rank in a step.
         world: number of ranks and device.
         module: its number of weights bounds ZeRO's buckets.
+        same_blocks: whether all ranks run the same blocks at the same time.
     """
     bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
     bucket += bucket % 2  # DeepSpeed's alignment
@@ -63,7 +69,8 @@ def deepspeed_config(
                 **({"nvme_path": config.offload_folder} if config.offload == "nvme" else {}),
             },
             "stage": config.zero_stage,
-            "overlap_comm": world.device != "cpu",
+            # overlapped, gradients are reduced in the order of the backward pass
+            "overlap_comm": world.device != "cpu" and same_blocks,
             "contiguous_gradients": True,
             "memory_efficient_linear": False,  # it would replace torch's own linear layer in the whole process
             # DeepSpeed allocates its buckets at full size: 2 GB by default, for any model
@@ -112,7 +119,7 @@ class DeepSpeedEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module, optimizer, config.fused),
-            config=deepspeed_config(config, optimizer, slots, world, module),
+            config=deepspeed_config(config, optimizer, slots, world, module, same_blocks=not module.varies_depth),
             dist_init_required=False,
         )
         limit_groups(config.timeout_minutes)

@@ -38,7 +38,15 @@ def pruned(name: str, engine: str, stage: int = 1) -> dict[str, Any]:
     return made
 
 
-PRUNED = "distil, pruned"
+def supernet(name: str, engine: str, stage: int = 1) -> dict[str, Any]:
+    """Returns a case of a supernet, whose micro-batches train the largest, the smallest and drawn subnets."""
+    made = case("distil", engine, stage, micro_batches=4)
+    elastic = {"blocks": [1, 2], "heads": [1, 2], "ffn": [32, 64], "warmup_steps": 1}
+    made["config"]["objective"] = CASES["distil"] | {"elastic": elastic}
+    return made
+
+
+PRUNED, SUPERNET = "distil, pruned", "distil, supernet"
 
 
 def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
@@ -77,10 +85,11 @@ def case(objective: str, engine: str, stage: int = 1, micro_batches: int = 2, **
     return {"config": config, "steps": STEPS, **more}
 
 
-MAKERS = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNED: pruned}
-ALSO_UNDER_ZERO_1 = ("best_rq", PRUNED)
+MAKERS = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNED: pruned, SUPERNET: supernet}
+ALSO_UNDER_ZERO_1 = ("best_rq", PRUNED, SUPERNET)
 """Of the other cases ZeRO 1 is a slow test: they differ in the objective alone, which ZeRO 3 asks more of."""
-QUICK = [(name, 3) for name in MAKERS] + [(name, 1) for name in ALSO_UNDER_ZERO_1]
+REFUSES_ZERO_3 = (SUPERNET,)
+QUICK = [(name, 3) for name in MAKERS if name not in REFUSES_ZERO_3] + [(name, 1) for name in ALSO_UNDER_ZERO_1]
 HEADED = [("multitask", 3), ("joint", 3)]
 """All heads under every stage: tests/distributed/test_every_head.py."""
 SLOW = [name for name in MAKERS if name not in ALSO_UNDER_ZERO_1]

@@ -151,7 +151,8 @@ def test_only_the_weights_of_the_subnet_get_a_gradient() -> None:
     for grad in (inner, *qkv.chunk(3)):  # 16 inner channels; one head of 16 channels of queries, keys and values
         assert float(grad[:16].abs().max()) > 0
         assert float(grad[16:].abs().max()) == 0
-    assert all(weight.grad is None for weight in last.parameters())
+    # zeros, not None: another rank may run that block in the same update
+    assert all(weight.grad is not None and not weight.grad.any() for weight in last.parameters())
 
 
 def test_a_supernet_trains_resumes_and_is_cut(tmp_path: Path) -> None:
@@ -180,8 +181,12 @@ def test_a_supernet_trains_resumes_and_is_cut(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"data": {"shards": "none", "micro_batches": 2}}, "data.micro_batches=2: .*needs 3 or more"),
-        ({"engine": {"name": "deepspeed", "zero_stage": 3}}, "engine.zero_stage=3: .*take 2 or less"),
+        ({"engine": {"name": "deepspeed", "zero_stage": 3}}, "engine.zero_stage=3: .*take 0 or 1"),
         ({"engine": {"name": "federated"}}, "engine.name=.*federated.*objective.elastic needs"),
+        (
+            {"engine": {"name": "deepspeed", "zero_stage": 2}},
+            "engine.zero_stage=2: .*elastic.blocks differ; take 0 or 1",
+        ),
         ({"tune": {"name": "lora"}}, "tune.name=.*lora.*a supernet"),
         ({"objective": {"name": "distil", "sparsity": 0.5, "elastic": ELASTIC}}, "leave out one"),
         ({"heads": {"text": {"name": "ctc", "layers": [1]}}}, "distil has its last layer alone"),

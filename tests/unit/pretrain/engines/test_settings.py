@@ -43,9 +43,9 @@ def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_micro_batches(
     assert made["zero_optimization"]["offload_optimizer"]["pin_memory"] is True
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (32, 4)
     assert made["gradient_clipping"] == 2.0
-    assert not deepspeed_config(config, optimizer, 4, DistributedContext(0, 8), module)["zero_optimization"][
-        "overlap_comm"
-    ]
+    for more in ({"world": DistributedContext(0, 8)}, {"same_blocks": False}):
+        given = {"world": DistributedContext(0, 8, 0, "cuda:0")} | more
+        assert not deepspeed_config(config, optimizer, 4, module=module, **given)["zero_optimization"]["overlap_comm"]
 
 
 def test_the_former_name_of_the_torch_engine_still_loads() -> None:
