@@ -228,6 +228,7 @@ def measured(run: Path, manifest: Path, given: Namespace, begun: float) -> dict[
         "machine": f"{model_name()}, {os.cpu_count()} cores",
         "seeds": given.seeds,
         "supervised_epochs": given.supervised_epochs,
+        "supervised_seeds": given.seeds,
         "rows": plain(rows),
         "curve": curve(run, manifest, pick(rows, MEASURE)[-1].value),
         "alarms": alarms(run),
@@ -246,7 +247,7 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     heard = [
         f"- {name}: {one['curve'][-1][0]:.1f} h of audio processed, {one['minutes']} minutes in all "
         f"({one['when']}, {one['machine']}, {one['seeds']} seeds, "
-        f"at most {one['supervised_epochs']} epochs of supervision from scratch); "
+        f"supervision from scratch: {one['supervised_seeds']} seeds, at most {one['supervised_epochs']} epochs); "
         f"the gate is {'passed' if gate(final(one)) else 'missed'}; "
         f"health alarms: {'; '.join(one['alarms']) or 'none'}"
         for name, one in found.items()
@@ -256,9 +257,9 @@ def write_page(found: dict[str, Any], out: Path) -> None:
         "# Quality: phones from frozen features, unseen speakers", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
         f"Intervals: bootstrap over test speakers. Gate, on {MEASURE}: {100 * OVER_RANDOM:+g} points over random",
-        f"weights and {100 * OVER_LOG_MEL:+g} over log-mel. Seeds are of random weights and of supervision from",
-        "scratch; a run is trained once, and a converged probe draws nothing. Random weights and supervision from",
-        "scratch do not depend on the objective: quality_hubert, quality_best_rq and quality_wav2vec2 share both.",
+        f"weights and {100 * OVER_LOG_MEL:+g} over log-mel. Seeds are those of random weights; a run is trained once,",
+        "and a converged probe draws nothing. Random weights and supervision from scratch do not depend on",
+        "the objective: quality_hubert, quality_best_rq and quality_wav2vec2 share both.",
         "Positions, learning rate and clusters of quality_hubert were first chosen on the test speakers, and that a",
         "second iteration helps was first seen on 150 of their utterances; other settings, layer and penalty of each",
         "probe were chosen on the validation speakers (docs/findings.md).",

@@ -62,6 +62,20 @@ def test_every_shipped_encoder_exports_behind_every_front_end(frontend: str, enc
     check(frontend, SHIPPED[encoder])
 
 
+ONNX = [*(("log_mel 2", encoder) for encoder in SHIPPED), *((frontend, "transformer_tiny") for frontend in FRONT_ENDS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("frontend", "encoder"), ONNX)
+def test_every_shipped_encoder_and_every_front_end_run_in_onnxruntime(
+    frontend: str, encoder: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    values = {"data": {"shards": "none"}, "objective": {"name": "hubert"}, "frontend": FRONT_ENDS[frontend]}
+    config = load(Config, values | {"encoder": SHIPPED[encoder]})
+    assert export_graph(config, build_model(config).model, tmp_path / "out", "onnx") <= 1e-4
+
+
 def test_every_plugin_has_a_case() -> None:
     from pretrain import registry
 
