@@ -49,7 +49,7 @@ def int8_layers(model: nn.Module) -> list[str]:
     The front end's projection has little of the arithmetic and most of the error (docs/findings.md).
     """
     named = model.named_modules()
-    return [name for name, module in named if isinstance(module, nn.Linear) and not name.startswith("frontend.")]
+    return [name for name, module in named if isinstance(module, nn.Linear) and name.split(".")[0] != "frontend"]
 
 
 def add_fake_int8(model: nn.Module) -> None:

@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 from data_pipeline.core.jsonl import read_rows
 from tests.support.faults.kill_runs import STEPS, kill_after, prepare, start
 from tests.support.faults.site import learned
@@ -51,6 +53,7 @@ def test_a_stop_request_during_start_up_is_kept(tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "latest").is_file()
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_need_the_initial_weights(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [sounds([1.5] * 20)])
     source, folder = prepare(tmp_path, "source", shards), prepare(tmp_path, "run", shards)

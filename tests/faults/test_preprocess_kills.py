@@ -82,6 +82,7 @@ def test_concurrent_jobs_with_different_numbers_of_workers_give_the_same_shards(
     assert contents(small.folder / "twice") == small.whole
 
 
+@pytest.mark.slow
 def test_a_work_unit_whose_worker_dies_too_often_is_listed_and_the_rest_is_written(small: Setting) -> None:
     config = small.config("given up", attempts=1)
     with kills.running(config, small.folder / "job-c") as job:
@@ -100,6 +101,7 @@ def test_a_work_unit_whose_worker_dies_too_often_is_listed_and_the_rest_is_writt
     assert contents(small.folder / "given up") == small.whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_and_a_repeat_with_space_completes_it(small: Setting) -> None:
     disk = small.folder / "disk"
     disk.mkdir()

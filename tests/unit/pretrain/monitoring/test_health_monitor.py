@@ -65,7 +65,9 @@ def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]
     assert {"health/std/stem", "health/std/layer_2", "health/rank/layer_2", "health/alarms"} <= row.keys()
 
 
-@pytest.mark.parametrize("units", [16, 32], ids=["another length", "the same length"])
+@pytest.mark.parametrize(
+    "units", [16, pytest.param(32, marks=pytest.mark.slow)], ids=["another length", "the same length"]
+)
 def test_detectors_restart_at_a_relabelling(tmp_path: Path, units: int) -> None:
     objective = RELABELLED | {"relabel_units": units}
     run(tmp_path, config(22, objective), reader=Repeating)
