@@ -189,7 +189,12 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
         keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
         values = torch.cat([v[:, :, None, :R].expand(B, H, n_blocks, R, C), values], dim=3)
         mask = F.pad(mask, (R, 0), value=True)
-    y = attend(queries, keys, values, mask, p)
+    if torch.compiler.is_exporting():  # ONNX's attention has four axes: blocks count as heads
+        mask = mask.expand(-1, H, -1, -1, -1)
+        queries, keys, values, mask = (x.flatten(1, 2) for x in (queries, keys, values, mask))
+        y = attend(queries, keys, values, mask, p).view(B, H, n_blocks, reach, C)
+    else:
+        y = attend(queries, keys, values, mask, p)
     y_BHFC = y.flatten(2, 3)[:, :, : total - R]
     if not R:
         return y_BHFC
