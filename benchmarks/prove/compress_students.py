@@ -91,7 +91,7 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
 def longer_teacher(teacher: Path, updates: int, work: Path, shards: Path) -> list[Model]:
     """Trains the teacher on, on its own labels; returns its front end and first block.
 
-    A student above the truncated teacher may only have been trained for longer; these rows show that.
+    The control of the students: a lead over the truncated teacher that comes from longer training shows here, too.
 
     Args:
         teacher: the run.

@@ -186,7 +186,7 @@ def main() -> int:
     results = given.out / "quality.json"
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     more = f"_with_{given.corpus.name}" if given.corpus else ""
-    shards = given.work / more.strip("_") / "shards"
+    shards = (given.work / given.corpus.name if given.corpus else given.work) / "shards"
     auricle(
         "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
     )

@@ -21,7 +21,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def rivals(space: Space, scores: Scores, cost: Cost, budget: Budget, trials: int
         RANDOM: max(drawn, key=scored),
         UNIFORM: max(within(list(space.uniforms())), key=scored),
     }
-    if kept := [subnet for subnet in whole if replace(budget, least_rtf=None).holds(cost(subnet))]:
+    if kept := [subnet for subnet in whole if budget.without_least().holds(cost(subnet))]:
         chosen[TRUNCATION] = kept[-1]
     return chosen
 

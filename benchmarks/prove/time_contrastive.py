@@ -140,12 +140,12 @@ class Speeds:
     def probe(self, who: str, encoder: FrozenEncoder) -> Found:
         """Fits at speed 1 on train, selects on valid, evaluates on test at every speed."""
         train, valid = (self.features(encoder, part, 1.0) for part in self.task.parts[:2])
-        probes = [fit_probe(train, valid, len(self.task.classes), ProbeConfig(), silent=self.task.silent)]
+        probe = fit_probe(train, valid, len(self.task.classes), ProbeConfig(), silent=self.task.silent)
         tallies: dict[float, list[Tally]] = {}
         for speed in SPEEDS:
             test = self.features(encoder, self.task.parts[2], speed)
-            hits = [(probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float) for probe in probes]
-            tallies[speed] = [test.tally(hit, self.task.counted(test)[MEASURE]) for hit in hits]
+            hits_N = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
+            tallies[speed] = [test.tally(hits_N, self.task.counted(test)[MEASURE])]
         found = Found(who, tallies)
         print(f"{who}: " + ", ".join(f"{found.accuracy(speed):.1%} at {speed:g}×" for speed in SPEEDS), flush=True)
         return found

@@ -49,6 +49,10 @@ class Budget:
         found = {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
         return found if self.least_rtf is None else found | {"least rtf": 1 - cost.rtf / self.least_rtf}
 
+    def without_least(self) -> Budget:
+        """Returns the same limits without a smallest latency."""
+        return replace(self, least_rtf=None)
+
     def holds(self, cost: SubnetCost) -> bool:
         """Returns whether a cost is within all limits."""
         return all(over <= 0 for over in self.over(cost).values())
@@ -162,7 +166,7 @@ def subnet_label(subnet: Subnet) -> str:
 
 def _require_room(space: Space, cost: Callable[[Subnet], SubnetCost], budget: Budget) -> None:
     least = cost(space.smallest)
-    if not replace(budget, least_rtf=None).holds(least):
+    if not budget.without_least().holds(least):
         raise ConfigError(
             f"the smallest subnet ({subnet_label(space.smallest)}) has an rtf of {least.rtf:.5f} and "
             f"{least.megabytes:.1f} MB, and the limits are {_limit(budget.most_rtf)} and "

@@ -50,6 +50,9 @@ class TaskInputs:
         self.name = definitions.title(name)
         self.task: Task = open_task(config.frames if name in MEASURES else name)
         self.layers = layer_numbers(config)
+        self.label_set = config.label_set or self.task.config.label_set
+        self.alignment = ""
+        """Where the frame labels are; "" for other kinds."""
         self.phones: dict[str, list[Interval]] = {}
         self.label: dict[str, str] = {}
         self.silence: frozenset[str] = frozenset()
@@ -80,8 +83,7 @@ class TaskInputs:
         if self.kind != "text":
             require_classes(self.task, self.classes, listing)
         if self.kind in ("frames", "utterances", "ranking"):  # pairs has its own check; few_shot joins train and test
-            given = config.phones or self.task.config.alignment
-            where = given if self.kind == "frames" else f"the column {'+'.join(self.task.config.label)}"
+            where = self.alignment or f"the column {'+'.join(self.task.config.label)}"
             require_test_classes(self.task, self._labels(self.parts[2]), where, config.ask)
         self._announce()
 
@@ -92,8 +94,8 @@ class TaskInputs:
 
     def _aligned(self, utterances: Sequence[Utterance]) -> list[Utterance]:
         """Reads the frame labels; returns the utterances that have some."""
-        settings, symbols = self.task.config, label_sets.read(self.config.label_set or self.task.config.label_set)
-        given = alignments.choose_alignment(self.config.phones, settings.alignment, utterances)
+        settings, symbols = self.task.config, label_sets.read(self.label_set)
+        self.alignment = given = alignments.choose_alignment(self.config.phones, settings.alignment, utterances)
         if not given:
             raise ConfigError(
                 f"task={self.name}: has no frame labels; set phones, the task's alignment, or name a file per "
@@ -168,10 +170,9 @@ class TaskInputs:
         notes = "".join(f"; {note}" for note in self.notes)
         self.say(f"{self.name}: {self.seconds / 3600:.2f} h; utterances: {sizes}{classes}{notes}")
         if self.kind == "frames" and not self.silent:
-            used = self.config.label_set or self.task.config.label_set
             self.say(
-                f"{self.name}: warning: none of these classes is silence in label_set={used}, so pauses count as "
-                f"speech; if they have labels, set label_set ({', '.join(definitions.names('label_set'))})"
+                f"{self.name}: warning: none of these classes is silence in label_set={self.label_set}, so pauses "
+                f"count as speech; if they have labels, set label_set ({', '.join(definitions.names('label_set'))})"
             )
         if self.kind == "utterances" and len(self.classes) > 1:
             [(common, count)] = Counter(self.label[u.name] for u in self.parts[2]).most_common(1)

@@ -171,8 +171,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
     reach, R, valid_BF = context.pattern.reach, context.n_registers, context.valid_BF
     assert reach is not None
     B, H, total, C = q.shape
-    n_blocks = -(-(total - R) // reach)
-    if torch.compiler.is_exporting():  # a graph cannot branch on sizes: always spare frames, always two blocks or more
+    n_blocks, exporting = -(-(total - R) // reach), torch.compiler.is_exporting()
+    if exporting:  # a graph cannot branch on sizes: always spare frames, always two blocks or more
         n_blocks = (total - R) // reach + 2
     spare = n_blocks * reach - (total - R)
     queries = F.pad(q[:, :, R:], (0, 0, 0, spare)).view(B, H, n_blocks, reach, C)
@@ -189,7 +189,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
         keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
         values = torch.cat([v[:, :, None, :R].expand(B, H, n_blocks, R, C), values], dim=3)
         mask = F.pad(mask, (R, 0), value=True)
-    if torch.compiler.is_exporting():  # ONNX's attention has four axes: blocks count as heads
+    if exporting:  # ONNX's attention has four axes: blocks count as heads
         mask = mask.expand(-1, H, -1, -1, -1)
         queries, keys, values, mask = (x.flatten(1, 2) for x in (queries, keys, values, mask))
         y = attend(queries, keys, values, mask, p).view(B, H, n_blocks, reach, C)

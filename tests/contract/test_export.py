@@ -41,10 +41,15 @@ QUICK: list[tuple[str, dict[str, Any]]] = [
 SLOW = [(frontend, encoder) for frontend in FRONT_ENDS for encoder in SHIPPED]
 
 
+def config_of(frontend: str, encoder: dict[str, Any]) -> Config:
+    """Returns the config of a model."""
+    values = {"data": {"shards": "none"}, "objective": {"name": "hubert"}, "frontend": FRONT_ENDS[frontend]}
+    return load(Config, values | {"encoder": encoder})
+
+
 def check(frontend: str, encoder: dict[str, Any]) -> None:
     """Asserts that the traced graph gives the model's features for other batch sizes and lengths."""
-    values = {"data": {"shards": "none"}, "objective": {"name": "hubert"}, "frontend": FRONT_ENDS[frontend]}
-    model = build_model(load(Config, values | {"encoder": encoder})).model.eval()
+    model = build_model(config_of(frontend, encoder)).model.eval()
     features = Features(model, model.shape.n_layers)
     with torch.no_grad():
         graph = program(features).module()
@@ -71,8 +76,7 @@ def test_every_shipped_encoder_and_every_front_end_run_in_onnxruntime(
     frontend: str, encoder: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript")
-    values = {"data": {"shards": "none"}, "objective": {"name": "hubert"}, "frontend": FRONT_ENDS[frontend]}
-    config = load(Config, values | {"encoder": SHIPPED[encoder]})
+    config = config_of(frontend, SHIPPED[encoder])
     assert export_graph(config, build_model(config).model, tmp_path / "out", "onnx") <= 1e-4
 
 
@@ -85,7 +89,6 @@ def test_every_plugin_has_a_case() -> None:
 
 def test_chunked_attention_says_why_it_has_no_graph(tmp_path: Path) -> None:
     encoder = SHIPPED["transformer_streaming"] | {"chunk_frames": [4], "left_chunks": [1]}
-    values = {"data": {"shards": "none"}, "objective": {"name": "hubert"}, "frontend": FRONT_ENDS["log_mel 4"]}
-    config = load(Config, values | {"encoder": encoder})
+    config = config_of("log_mel 4", encoder)
     with pytest.raises(ConfigError, match=r"encoder.attention=chunked"):
         export_graph(config, build_model(config).model, tmp_path / "out", "torchscript")
