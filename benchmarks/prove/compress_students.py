@@ -12,6 +12,10 @@ from pretrain.checkpointing.locate import steps_done
 
 BLOCKS, BEST, STUDENT_BLOCKS = 4, 2, 1
 """Blocks of the teacher, its layer that teaches, blocks of the students."""
+NARROW = [2, 512]
+"""Heads and inner channels of the narrow student's block."""
+SIZES = {"frontend": ("widths",), "encoder": ("layers", "widths", "final_norm")}
+"""Fields in which a cut run differs."""
 SPARSITY = 0.5
 """Share of heads and inner channels that the pruned student loses."""
 
@@ -68,11 +72,10 @@ def cut(run: Path, out: Path, *options: str) -> bool:
 
 
 def widths_of(run: Path) -> list[str]:
-    """Returns the overrides of a cut run's encoder."""
-    encoder = json.loads((run / "config.json").read_text(encoding="utf-8"))["encoder"]
-    widths = json.dumps(encoder["widths"], separators=(",", ":"))
-    last = json.dumps(encoder["final_norm"])
-    return [f"encoder.layers={encoder['layers']}", f"encoder.widths={widths}", f"encoder.final_norm={last}"]
+    """Returns the overrides of a cut run's front end and encoder."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    fields = [(part, name) for part, names in SIZES.items() for name in names]
+    return [f"{part}.{name}={json.dumps(config[part][name], separators=(',', ':'))}" for part, name in fields]
 
 
 def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]:
@@ -86,6 +89,14 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
             "fraction=0.3",
         )  # fmt: skip
     return best, truncated, units
+
+
+def narrowed(truncated: Path, work: Path) -> Path:
+    """Returns the truncated teacher with the most important heads and inner channels of its block."""
+    widths, out = work / "narrow.json", work / "narrow"
+    widths.write_text(json.dumps([NARROW] * STUDENT_BLOCKS) + "\n", encoding="utf-8")
+    cut(truncated, out, "--widths", str(widths))
+    return out
 
 
 def longer_teacher(teacher: Path, updates: int, work: Path, shards: Path) -> list[Model]:
@@ -124,9 +135,13 @@ def students(
     labels = ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}"]
     overrides = ["+experiment=quality_hubert", f"init={truncated}", *widths_of(truncated), *labels]
     dice = train("units_of_teacher", updates.units, work, shards, *overrides, seed=seed)
+    narrow = narrowed(truncated, work)
+    overrides = ["+experiment=quality_hubert", f"init={narrow}", *widths_of(narrow), *labels]
+    dice_narrow = train("units_of_teacher_narrow", updates.units, work, shards, *overrides, seed=seed)
     found = [
         Model("distilled, 1 block", distilled, learned=True),
         Model("teacher's units, 1 block", dice, learned=True),
+        Model("teacher's units, 1 narrow block", dice_narrow, learned=True),
         Model("teacher's units, front end", dice, 0, learned=True),
     ]
     overrides = [

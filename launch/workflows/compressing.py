@@ -25,7 +25,7 @@ from pretrain.config import Config
 class Compressed:
     """A smaller run.
 
-    before, after: weights of front end and encoder.  overrides: the fields of its encoder that changed, as `init=`
+    before, after: weights of front end and encoder.  overrides: the fields of its model that changed, as `init=`
     needs them.  new: weights with random values.
     """
 
@@ -72,15 +72,18 @@ def compress(run: str, out: Path, blocks: int | None = None, widths: Path | None
 
 
 def changed_fields(config: Config, smaller: Path) -> str:
-    """Returns the fields of the encoder in which a smaller run differs, as overrides of `auricle pretrain`.
+    """Returns the fields of front end and encoder in which a smaller run differs, as overrides of `auricle pretrain`.
 
     Args:
         config: that of the run which was cut.
         smaller: the folder of the smaller run.
     """
-    encoder = json.loads((smaller / "config.json").read_text(encoding="utf-8"))["encoder"]
-    changed = diff(dump(config.encoder), encoder)
-    return " ".join(f"encoder.{path}={json.dumps(value, separators=(',', ':'))}" for path, _, value in changed)
+    before, after = dump(config), json.loads((smaller / "config.json").read_text(encoding="utf-8"))
+    return " ".join(
+        f"{part}.{path}={json.dumps(value, separators=(',', ':'))}"
+        for part in ("frontend", "encoder")
+        for path, _, value in diff(before[part], after[part])
+    )
 
 
 def _cut(found: LoadedCheckpoint, blocks: int | None, widths: Path | None) -> cut.CutModel:

@@ -1,4 +1,4 @@
-"""Cuts a trained model to fewer blocks, heads and inner channels; the result is the model of an ordinary run.
+"""Cuts a trained model to fewer blocks, heads and channels; the result is the model of an ordinary run.
 
 Four ways to choose the parts that are kept: the first blocks (equal to the layers before the cut), given widths (the
 heads and channels with the largest weights), a subnet of a supernet (equal to the supernet set to it), or the gates
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError, dump, load
 from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.config import Config
-from pretrain.interfaces.frames import BlockGates
+from pretrain.interfaces.frames import BlockGates, ModelGates
+from pretrain.interfaces.models import ChannelGroup
 from pretrain.interfaces.objectives import Pruning
 from pretrain.interfaces.subnets import Subnet
 from pretrain.nn.block_stack import BlockStack
@@ -81,7 +82,7 @@ def cut_widths(found: LoadedCheckpoint, widths: Sequence[Sequence[int]]) -> CutM
         BlockGates(_largest(score.heads_H, heads), tuple(_largest(part, ffn_dim) for part in score.channels))
         for score, (heads, ffn_dim) in zip(scores, widths, strict=True)
     )
-    return cut_gates(found, gates)
+    return cut_gates(found, ModelGates(blocks=gates))
 
 
 def cut_subnet(found: LoadedCheckpoint, subnet: Subnet) -> CutModel:
@@ -101,11 +102,11 @@ def cut_subnet(found: LoadedCheckpoint, subnet: Subnet) -> CutModel:
     if len(subnet) < space.layers:
         made = cut_blocks(found, len(subnet))
         found = LoadedCheckpoint(made.module, made.config, found.step)
-    return cut_gates(found, space.gates(subnet, torch.device("cpu")))
+    return cut_gates(found, ModelGates(blocks=space.gates(subnet, torch.device("cpu"))))
 
 
 def cut_pruned(found: LoadedCheckpoint) -> CutModel:
-    """Removes the heads and inner channels whose gates are closed, and multiplies the weights by the gates.
+    """Removes the heads and channels whose gates are closed, and multiplies the weights by the gates.
 
     Raises:
         ConfigError: the run has no gates, or they remove another share of the weights than they were to.
@@ -129,16 +130,21 @@ def require_closed(pruning: Pruning) -> None:
         )
 
 
-def cut_gates(found: LoadedCheckpoint, gates: tuple[BlockGates, ...]) -> CutModel:
+def cut_gates(found: LoadedCheckpoint, gates: ModelGates) -> CutModel:
     """Removes what has a gate of 0 and multiplies the weights after it by the other gates.
 
-    A block keeps at least one head and one channel. Where a block has several feed-forward parts, all keep as many
+    Each part keeps at least one head or channel. Where a block has several feed-forward parts, all keep as many
     channels as the widest; the spare ones have weight 0.
     """
     stack, model = _stack(found), found.module.model
     assert isinstance(model.encoder, BlockStack)
-    state, widths = dict(model.state_dict()), []
-    for number, (gate, width) in enumerate(zip(gates, stack.block_widths, strict=True)):
+    state, sizes, widths = dict(model.state_dict()), list[int](), list[list[int]]()
+    for group, gate_C in zip(model.frontend.channel_groups() if gates.frontend else (), gates.frontend, strict=True):
+        channels_K = _open(gate_C)
+        state |= _narrow_group(state, group, channels_K, gate_C)
+        sizes.append(len(channels_K))
+    frontend = model.frontend.narrowed(sizes) if sizes else {}
+    for number, (gate, width) in enumerate(zip(gates.blocks, stack.block_widths, strict=True)):
         heads_K = _open(gate.heads_H)
         n_channels = max(len(_open(part)) for part in gate.channels)
         prefix = f"encoder.blocks.{number}."
@@ -147,7 +153,7 @@ def cut_gates(found: LoadedCheckpoint, gates: tuple[BlockGates, ...]) -> CutMode
             channels_K = part.topk(n_channels).indices.sort().values
             state |= _narrow_linear(state, f"{prefix}{inner}.", f"{prefix}{outer}.", channels_K, part)
         widths.append([len(heads_K), n_channels])
-    return _rebuilt(found, {"widths": widths}, state)
+    return _rebuilt(found, {"widths": widths}, state, frontend)
 
 
 def _stack(found: LoadedCheckpoint) -> StackConfig:
@@ -189,10 +195,34 @@ def _narrow_linear(
     }
 
 
-def _rebuilt(found: LoadedCheckpoint, fields: Mapping[str, object], state: Mapping[str, Tensor]) -> CutModel:
-    """Builds the smaller model; objective and heads keep their weights where all fit, and are new otherwise."""
+def _narrow_group(
+    state: Mapping[str, Tensor], group: ChannelGroup, channels_K: Tensor, gate_C: Tensor
+) -> dict[str, Tensor]:
+    """Returns the front end's weights of a group: rows of the open channels, and columns times their gates."""
+    found = {f"frontend.{name}": state[f"frontend.{name}"][channels_K] for name in group.rows}
+    for name in group.columns:
+        weight = state[f"frontend.{name}"]
+        factors = gate_C.view(-1, *[1] * (weight.dim() - 2))  # along the second axis
+        found[f"frontend.{name}"] = (weight * factors)[:, channels_K]
+    return found
+
+
+def _rebuilt(
+    found: LoadedCheckpoint,
+    encoder: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    frontend: Mapping[str, object] | None = None,
+) -> CutModel:
+    """Builds the smaller model; objective and heads keep their weights where all fit, and are new otherwise.
+
+    Args:
+        found: the run that is cut.
+        encoder, frontend: fields of their configs that change.
+        state: weights of the smaller model.
+    """
     values = dump(found.config)
-    values["encoder"] |= fields
+    values["encoder"] |= encoder
+    values["frontend"] |= frontend or {}
     closed: dict[str, object] = {"sparsity": 0.0, "elastic": {}}  # the gates are part of the weights now
     if "elastic" in values["objective"] and not found.config.objective.teacher_run:
         closed["layers"] = []  # those of a teacher with the blocks of this model

@@ -63,6 +63,14 @@ class BlockGates(NamedTuple):
     """(C,) for each feed-forward part, in order."""
 
 
+class ModelGates(NamedTuple):
+    """Factors of all parts of a model that structured pruning may remove; an empty part has none."""
+
+    frontend: tuple[Tensor, ...] = ()
+    """(C,) for each of the front end's `channel_groups`."""
+    blocks: tuple[BlockGates, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """Keys of random draws: (seed, step, segment key) for masks, (seed, step) for layer drop, the same on all ranks."""

@@ -33,6 +33,17 @@ def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> i
     return enough
 
 
+class ChannelGroup(NamedTuple):
+    """Channels between two layers of a front end, which can be removed.  size: their number.
+
+    rows, columns: names of the front end's parameters with these channels as their first, or as their second axis.
+    """
+
+    size: int
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
 class Frontend(nn.Module, abc.ABC):
     """Converts a waveform to frames in two stages: `extract` returns features, `project` the encoder's input.
 
@@ -51,21 +62,36 @@ class Frontend(nn.Module, abc.ABC):
         """Returns scalars of the last forward pass to log, by name. Default: none."""
         return {}
 
+    def channel_groups(self) -> tuple[ChannelGroup, ...]:
+        """Returns the channels that structured pruning may remove, in the order of `gates`. Default: none."""
+        return ()
+
+    def narrowed(self, sizes: Sequence[int]) -> dict[str, object]:
+        """Returns the fields of the config that give these numbers of channels to `channel_groups`."""
+        return {}
+
     @abc.abstractmethod
-    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor, gates: tuple[Tensor, ...] = ()) -> Frames:
         """Computes the features of audio.
 
         Args:
             wave_BT: (B, T) samples in [-1, 1] at 16 kHz, zero beyond each length; T is at least `least_samples()`.
             lengths_B: valid samples of each row, int64; may be too short for a single frame.
+            gates: (C,) factors of the channels of each of `channel_groups` where they are read; a channel with a factor
+                of 0 counts in no norm either, so that it can be removed. Empty: all are 1.
 
         Returns:
             (B, F', feature_dim) at `feature_rate_hz`, zero beyond each length.
         """
 
     @abc.abstractmethod
-    def project(self, features: Frames) -> Frames:
-        """Converts (B, F', feature_dim) features to (B, F, dim) frames at `rate_hz`, zero beyond each length."""
+    def project(self, features: Frames, gates: tuple[Tensor, ...] = ()) -> Frames:
+        """Converts (B, F', feature_dim) features to (B, F, dim) frames at `rate_hz`, zero beyond each length.
+
+        Args:
+            features: from `extract`.
+            gates: those given to `extract`.
+        """
 
     @abc.abstractmethod
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
@@ -191,22 +217,28 @@ class SpeechModel(nn.Module):
         f, e = self.frontend, self.encoder
         return ModelShape(e.dim, e.n_layers, f.feature_dim, f.feature_rate_hz, f.rate_hz)
 
-    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor, gates: tuple[Tensor, ...] = ()) -> Frames:
         """Computes the front end's features, which `project` reads.
 
         Args:
             wave_BT: (B, T) samples in [-1, 1] at 16 kHz, zero beyond each length.
             lengths_B: valid samples of each row, int64.
+            gates: factors of the front end's channels (pruning); empty: all are 1.
 
         Returns:
             (B, F', feature_dim) at `feature_rate_hz`, zero beyond each length.
         """
-        features: Frames = self.features(self.frontend.extract(wave_BT, lengths_B))
+        features: Frames = self.features(self.frontend.extract(wave_BT, lengths_B, gates))
         return features
 
-    def project(self, features: Frames) -> Frames:
-        """Returns the encoder's input frames, (B, F, dim), of the front end's features."""
-        frames: Frames = self.frames(self.frontend.project(features))
+    def project(self, features: Frames, gates: tuple[Tensor, ...] = ()) -> Frames:
+        """Returns the encoder's input frames, (B, F, dim).
+
+        Args:
+            features: from `extract`.
+            gates: those given to `extract`.
+        """
+        frames: Frames = self.frames(self.frontend.project(features, gates))
         return frames
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> EncoderOutput:

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig, TextHeadConfig
 from pretrain.interfaces.decoding import EndPoints, StreamingDecoder
-from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import EncoderOutput, Frames, ModelGates, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import HeadMedia, HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.subnets import Space
 
 
 class Pruning(NamedTuple):
-    """Gates of structured pruning.  gates: of each block, 0 where closed.  asked, found: shares of the weights."""
+    """Gates of structured pruning.  gates: 0 where closed.  asked, found: shares of the weights."""
 
-    gates: tuple[BlockGates, ...]
+    gates: ModelGates
     asked: float
     """Share of the prunable weights that training was to remove."""
     found: float

@@ -198,7 +198,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         "layerdrop": encoder.layer_drop,
         "feat_extract_norm": frontend.norm,
         "feat_extract_activation": "gelu",
-        "conv_dim": [frontend.channels] * len(frontend.kernels),
+        "conv_dim": list(frontend.conv_widths),
         "conv_kernel": list(frontend.kernels),
         "conv_stride": list(frontend.strides),
         "conv_bias": frontend.bias,

@@ -248,9 +248,12 @@ def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str,
         raise ConfigError(f"init={path}: {', '.join(odd)} has no counterpart here; take another checkpoint")
     stack, kernels, strides = kind == "data2vec-audio", (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
     norm = "layer" if stack else theirs.get("feat_extract_norm", "group")
+    widths = list(theirs.get("conv_dim", (512,)))
+    same = len(set(widths)) == 1
     fields = {
         "frontend.name": "waveform_conv",
-        "frontend.channels": theirs.get("conv_dim", (512,))[0],
+        **({"frontend.channels": widths[0]} if same else {}),
+        "frontend.widths": [] if same else widths,
         "frontend.kernels": list(theirs.get("conv_kernel", kernels)),
         "frontend.strides": list(theirs.get("conv_stride", strides)),
         "frontend.norm": norm,

@@ -1,4 +1,4 @@
-"""Hard-concrete gates on heads and inner channels, for structured pruning (Louizos et al., arXiv 1712.01312).
+"""Hard-concrete gates on heads and channels, for structured pruning (Louizos et al., arXiv 1712.01312).
 
 The expected share of removed weights is held at a target by two multipliers (augmented Lagrangian; Wang et al., arXiv
 1910.04732, §3.3; DPHuBERT, arXiv 2305.17651, eq. 5). Gates and multipliers learn about 100 times faster than weights:
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.interfaces.frames import BlockGates
+from pretrain.interfaces.frames import BlockGates, ModelGates
+from pretrain.interfaces.models import ChannelGroup, Frontend
 from pretrain.nn.block_stack import BlockStack
 
 FASTER = 100.0
@@ -29,35 +30,45 @@ _MARGIN = 1e-6
 class Gated(NamedTuple):
     """Gates of one pass.  sparsity: expected share of the prunable weights that is removed.  penalty: scalar."""
 
-    gates: tuple[BlockGates, ...]
+    gates: ModelGates
     sparsity: Tensor
     penalty: Tensor
 
 
-class HardConcreteGates(nn.Module):
-    """One gate per head and per inner channel of each feed-forward part.
+class _Weights(NamedTuple):
+    """Weights that are all kept while the gates of these parts are open.  number: of weights.  parts: indices."""
 
-    All gates are one parameter, used in `forward` only (ZeRO-3).
+    number: int
+    parts: tuple[int, ...]
+
+
+class HardConcreteGates(nn.Module):
+    """One gate per head, per inner channel of each feed-forward part, and per channel between a front end's layers.
+
+    All gates are one parameter, used in `forward` only (ZeRO-3). Its parts: each of the front end's channel groups,
+    then, block by block, the heads and the channels of each feed-forward part.
 
     Args:
+        frontend: the front end whose channels are pruned; None: it has no gates. Not kept.
         encoder: the stack whose heads and channels are pruned; not kept.
         drop_rate: probability that a gate is closed at first.
     """
 
-    def __init__(self, encoder: BlockStack, drop_rate: float = 0.01) -> None:
+    def __init__(self, frontend: Frontend | None, encoder: BlockStack, drop_rate: float = 0.01) -> None:
         super().__init__()
-        parts, weights = len(encoder.feed_forwards), []
-        self.sizes: list[tuple[int, int]] = []
+        groups = () if frontend is None else frontend.channel_groups()
+        self.sizes = [group.size for group in groups]
+        self.n_groups, self.n_feed_forwards = len(groups), len(encoder.feed_forwards)
+        self.weights = [] if frontend is None else _weights_of(frontend, groups)
         for width in encoder.stack_config.block_widths:
-            self.sizes.append((width.heads, width.ffn_dim))
-            per_head = width.head_dim * (4 * encoder.dim + 3)
-            weights += [per_head] * width.heads + [2 * encoder.dim + 1] * (width.ffn_dim * parts)
-        self.parts = parts
+            per_head, per_channel = width.head_dim * (4 * encoder.dim + 3), 2 * encoder.dim + 1
+            counts = [(width.heads, per_head), *[(width.ffn_dim, per_channel)] * self.n_feed_forwards]
+            for size, per_gate in counts:
+                self.weights.append(_Weights(size * per_gate, (len(self.sizes),)))
+                self.sizes.append(size)
         start = math.log(1 - drop_rate) - math.log(drop_rate)
-        self.theta_N = nn.Parameter(torch.full((len(weights),), start / FASTER))
+        self.theta_N = nn.Parameter(torch.full((sum(self.sizes),), start / FASTER))
         self.multipliers_2 = nn.Parameter(torch.zeros(2))
-        self.register_buffer("weights_N", torch.tensor(weights, dtype=torch.float32), persistent=False)
-        self.weights_N: Tensor
 
     def forward(self, target: float) -> Gated:
         """Draws the gates in training mode; returns the closed and soft ones of `closed` otherwise.
@@ -66,42 +77,59 @@ class HardConcreteGates(nn.Module):
             target: expected share of the weights to remove at this update.
         """
         log_alpha_N, (first, second) = FASTER * self.theta_N, FASTER * _reversed(self.multipliers_2)
-        sparsity = 1 - (open_probability(log_alpha_N) * self.weights_N).sum() / self.weights_N.sum()
+        sparsity = self.share_removed(open_probability(log_alpha_N))
         off = sparsity - target
         if self.training:
             u_N = torch.rand(len(log_alpha_N), device=log_alpha_N.device).clamp(_MARGIN, 1 - _MARGIN)
             gates_N = stretched(((u_N.log() - (1 - u_N).log() + log_alpha_N) / TEMPERATURE).sigmoid())
         else:
             gates_N = self.closed(log_alpha_N)
-        return Gated(self.by_block(gates_N), sparsity, first * off + second * off.square())
+        return Gated(self.by_part(gates_N), sparsity, first * off + second * off.square())
 
     @torch.no_grad()
     def closed(self, log_alpha_N: Tensor) -> Tensor:
-        """Returns the gates after training, (N,): of each kind and block, as many are 0 as are expected to be closed.
+        """Returns the gates after training, (N,): of each part, as many are 0 as are expected to be closed.
 
         Those with the smallest probability of being open are closed (as in CoFi, arXiv 2204.00408); others stay soft.
         """
         soft_N, closed_N = stretched(log_alpha_N.sigmoid()), (1 - open_probability(log_alpha_N))
         found = []
-        for part_K, closed_K in zip(self._parts(soft_N), self._parts(closed_N), strict=True):
+        for part_K, closed_K in zip(*(torch.split(x_N, self.sizes) for x_N in (soft_N, closed_N)), strict=True):
             n_closed = round(float(closed_K.sum()))
             lowest = closed_K.argsort(descending=True, stable=True)[:n_closed]
             found.append(part_K.index_fill(0, lowest, 0.0))
         return torch.cat(found)
 
-    def removed(self, gates_N: Tensor) -> float:
-        """Returns the share of the prunable weights whose gate is 0."""
-        return float((self.weights_N * (gates_N == 0)).sum() / self.weights_N.sum())
+    def share_removed(self, open_N: Tensor) -> Tensor:
+        """Returns the expected share of the prunable weights that is removed, a scalar.
 
-    def by_block(self, gates_N: Tensor) -> tuple[BlockGates, ...]:
-        """Splits the gates into those of each block."""
-        parts = self._parts(gates_N)
-        step = 1 + self.parts
-        return tuple(BlockGates(parts[at], tuple(parts[at + 1 : at + step])) for at in range(0, len(parts), step))
+        Args:
+            open_N: probability that each gate is open, or 0 and 1. Weights between two layers with gates are kept
+                where both are open, independently (DPHuBERT, §3.2).
+        """
+        means = [part_K.mean() for part_K in torch.split(open_N, self.sizes)]
+        kept = [weights.number * _product([means[part] for part in weights.parts]) for weights in self.weights]
+        return 1 - torch.stack(kept).sum() / sum(weights.number for weights in self.weights)
 
-    def _parts(self, x_N: Tensor) -> Sequence[Tensor]:
-        lengths = [length for heads, ffn_dim in self.sizes for length in (heads, *[ffn_dim] * self.parts)]
-        return torch.split(x_N, lengths)
+    def by_part(self, gates_N: Tensor) -> ModelGates:
+        """Splits the gates into those of the front end and of each block."""
+        parts, step = torch.split(gates_N, self.sizes), 1 + self.n_feed_forwards
+        starts = range(self.n_groups, len(parts), step)
+        blocks = tuple(BlockGates(parts[at], tuple(parts[at + 1 : at + step])) for at in starts)
+        return ModelGates(tuple(parts[: self.n_groups]), blocks)
+
+
+def _product(shares: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*shares]).prod()
+
+
+def _weights_of(frontend: Frontend, groups: Sequence[ChannelGroup]) -> list[_Weights]:
+    """Returns the weights of a front end that belong to its groups of channels."""
+    touched: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        for name in (*group.rows, *group.columns):
+            touched.setdefault(name, []).append(number)
+    return [_Weights(frontend.get_parameter(name).numel(), tuple(parts)) for name, parts in touched.items()]
 
 
 def open_probability(log_alpha_N: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchaudio.compliance.kaldi import get_mel_banks
 
 from data_pipeline.core.types import SAMPLE_RATE
-from pretrain.nn.spectral import LogMel, Normalize
+from pretrain.nn.spectral import LogMel, Normalize, power_spectrum, windows
 
 EARLIER = 120
 """Samples by which sherpa-onnx's frames begin earlier: half of what a window of 25 ms is longer than 10 ms."""
@@ -33,10 +33,9 @@ class KaldiMel(LogMel):
         self.filters = torch.nn.functional.pad(banks_MK, (0, 1)).T.contiguous()
 
     def log_power(self, wave_BT: Tensor) -> Tensor:
-        frames_BFW = (self.SCALE * wave_BT.float()).unfold(1, self.window, self.hop)
+        frames_BFW = windows(self.SCALE * wave_BT.float(), self.window, self.hop)
         frames_BFW = frames_BFW - frames_BFW.mean(dim=2, keepdim=True)
         before_BFW = torch.cat([frames_BFW[:, :, :1], frames_BFW[:, :, :-1]], dim=2)
-        spectrum = torch.fft.rfft((frames_BFW - self.PREEMPHASIS * before_BFW) * self.hann, n=self.n_fft)
-        power = spectrum.real.square() + spectrum.imag.square()
-        mel_BFD: Tensor = (power @ self.filters).clamp(min=self.FLOOR).log()
+        power_BFK = power_spectrum((frames_BFW - self.PREEMPHASIS * before_BFW) * self.hann, self.n_fft)
+        mel_BFD: Tensor = (power_BFK @ self.filters).clamp(min=self.FLOOR).log()
         return mel_BFD

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchaudio.functional import create_dct
@@ -51,6 +52,42 @@ def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = S
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
+def windows(wave_BT: Tensor, window: int, hop: int) -> Tensor:
+    """Returns overlapping windows of audio, (B, F, window).
+
+    An exported graph joins a few long copies, since onnxruntime gathers the samples of `unfold` one by one.
+    """
+    if not torch.compiler.is_exporting():
+        return wave_BT.unfold(1, window, hop)
+    n_frames, n_hops = (wave_BT.shape[1] - window) // hop + 1, -(-window // hop)
+    padded_BT = torch.nn.functional.pad(wave_BT, (0, n_hops * hop - window))
+    starts = range(0, n_hops * hop, hop)
+    hops = [padded_BT.narrow(1, at, n_frames * hop).reshape(-1, n_frames, hop) for at in starts]
+    return torch.cat(hops, dim=2)[:, :, :window]
+
+
+def power_spectrum(frames_BFW: Tensor, n_fft: int) -> Tensor:
+    """Returns the squared magnitudes of the DFT of real frames, zero-padded to n_fft samples, (B, F, n_fft // 2 + 1).
+
+    An exported graph multiplies by cosines and sines, since onnxruntime's DFT is several times slower. Magnitudes do
+    not depend on the origin of time; around the centre of the frame, cosines see only its even part and sines only its
+    odd part, which have half as many samples.
+    """
+    if not torch.compiler.is_exporting():
+        spectrum = torch.fft.rfft(frames_BFW, n=n_fft)
+        return spectrum.real.square() + spectrum.imag.square()
+    if frames_BFW.shape[2] % 2:
+        frames_BFW = torch.nn.functional.pad(frames_BFW, (0, 1))
+    half = frames_BFW.shape[2] // 2
+    before_BFH, after_BFH = frames_BFW[:, :, :half].flip(2), frames_BFW[:, :, half:]
+    place_H = np.arange(half) + 0.5
+    angle_HK = 2 * np.pi / n_fft * place_H[:, None] * np.arange(n_fft // 2 + 1)
+    cosines_HK, sines_HK = (torch.from_numpy(part(angle_HK).astype(np.float32)) for part in (np.cos, np.sin))
+    even_BFK, odd_BFK = (after_BFH + before_BFH) @ cosines_HK, (after_BFH - before_BFH) @ sines_HK
+    power_BFK: Tensor = even_BFK.square() + odd_BFK.square()
+    return power_BFK
+
+
 class LogMel(nn.Module):
     """Waveform to normalised log-mel frames, (B, T) to (B, F, n_mels); frame f covers samples hop·f … hop·f + window.
 
@@ -85,10 +122,8 @@ class LogMel(nn.Module):
         Args:
             wave_BT: (B, T) samples at 16 kHz, at least one window.
         """
-        frames_BFW = wave_BT.float().unfold(1, self.window, self.hop)
-        spectrum = torch.fft.rfft(frames_BFW * self.hann, n=self.n_fft)
-        power = spectrum.real.square() + spectrum.imag.square()
-        return torch.log(power @ self.filters + self.FLOOR)
+        frames_BFW = windows(wave_BT.float(), self.window, self.hop)
+        return torch.log(power_spectrum(frames_BFW * self.hann, self.n_fft) @ self.filters + self.FLOOR)
 
     @torch.no_grad()
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:

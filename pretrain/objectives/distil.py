@@ -21,7 +21,7 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
-from pretrain.interfaces.frames import EncoderOutput, StepContext, valid_frames
+from pretrain.interfaces.frames import EncoderOutput, ModelGates, StepContext, valid_frames
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective, Pruning
@@ -51,9 +51,10 @@ class Config(ObjectiveConfig):
         float, about("share of frames in masked spans of the student's input (LightHuBERT); 0: none", ge=0, le=1)
     ] = 0.2
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 6
-    sparsity: Annotated[
-        float, about("share of the weights of heads and inner channels to prune; 0: none", ge=0, lt=1)
-    ] = 0.0
+    sparsity: Annotated[float, about("share of the weights of heads and channels to prune; 0: none", ge=0, lt=1)] = 0.0
+    prune_frontend: Annotated[
+        bool, about("sparsity: also of the channels between the front end's convolutions, and not of the encoder alone")
+    ] = True
     sparsity_steps: Annotated[int, about("updates over which the share rises from 0 to sparsity", ge=1)] = 5_000
     elastic: Annotated[ElasticConfig, about("sizes of the subnets of a supernet")] = field(
         default_factory=ElasticConfig
@@ -127,7 +128,7 @@ class Distil(Objective):
         if self.config.sparsity and self.gates is None:
             if not isinstance(model.encoder, BlockStack):
                 raise ConfigError(f"objective.sparsity={self.config.sparsity}: only stacks of blocks can be pruned")
-            self.gates = HardConcreteGates(model.encoder)
+            self.gates = HardConcreteGates(model.frontend if self.config.prune_frontend else None, model.encoder)
             if not model.encoder.stack_config.heads_may_differ:
                 raise ConfigError(
                     f"objective.sparsity={self.config.sparsity}: encoder.relative_bias=true is shared by all heads, "
@@ -216,15 +217,15 @@ class Distil(Objective):
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, DistilPlan)
-        frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
+        gated: Gated | None = None if self.gates is None else self.gates(self.target_sparsity(ctx.step))
+        gates = ModelGates() if gated is None else gated.gates
+        if self._space is not None and plan.subnet is not None:
+            gates = ModelGates(blocks=self._space.gates(plan.subnet, batch.wave_BT.device))
+        frames = model.project(model.extract(batch.wave_BT, batch.lengths_B, gates.frontend), gates.frontend)
         if self.mask_embedding is not None:
             embedding_D = self.mask_embedding.to(frames.x_BFD.dtype)
             frames = frames._replace(x_BFD=torch.where(plan.mask.mask_BF[:, :, None], embedding_D, frames.x_BFD))
-        gated: Gated | None = None if self.gates is None else self.gates(self.target_sparsity(ctx.step))
-        gates = () if gated is None else gated.gates
-        if self._space is not None and plan.subnet is not None:
-            gates = self._space.gates(plan.subnet, frames.x_BFD.device)
-        encoded: EncoderOutput = model.encoder(frames, ctx, gates)
+        encoded: EncoderOutput = model.encoder(frames, ctx, gates.blocks)
         count = plan.count.to(frames.x_BFD.device)
         total, pairs = self.compare(encoded, self.targets(batch, frames.x_BFD.shape[1]), plan.flat_N)
         targets_ND, predictions_ND = pairs
@@ -301,7 +302,8 @@ class Distil(Objective):
         if self.gates is None:
             return None
         gates_N = self.gates.closed(FASTER * self.gates.theta_N)
-        return Pruning(self.gates.by_block(gates_N), self.config.sparsity, self.gates.removed(gates_N))
+        removed = float(self.gates.share_removed((gates_N > 0).float()))
+        return Pruning(self.gates.by_part(gates_N), self.config.sparsity, removed)
 
     def space(self) -> Space | None:
         return self._space

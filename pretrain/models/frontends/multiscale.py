@@ -5,6 +5,8 @@ MFCC are a linear map of log-mel of the same window, so the cepstral branch has 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import about, config
 from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
-from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.models import ChannelGroup, Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
+from pretrain.nn.channel_gates import GatedLayerNorm, gate_of, gated, refuse_widths
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import pad_audio, stack_frames, zero_padding
@@ -35,29 +38,59 @@ class Config(FrontendConfig):
     n_mels: Annotated[int, about("mel bands of the 25 ms branch", ge=1, le=256)] = 80
     mfcc_window: Annotated[int, about("samples per window of the cepstral branch", gt=400)] = 1024
     wave_channels: Annotated[int, about("channels of the waveform branch", ge=1)] = 128
+    wave_widths: Annotated[
+        tuple[int, ...],
+        about("channels of each convolution of the waveform branch but the last; empty: wave_channels in all"),
+    ] = ()
     normalize: Annotated[Normalize, about("statistics of each utterance, or fixed ones (needed to stream)")] = (
         "utterance"
     )
     subsampling: Annotated[Literal[2, 4, 8], about("10 ms features per encoder frame")] = 4
     dropout: Annotated[float, about("dropout on the mixed frames", ge=0, lt=1)] = 0.1
 
+    def __post_init__(self) -> None:
+        refuse_widths("wave_widths", self.wave_widths, len(WAVE_LAYERS) - 1, "the waveform branch before its last one")
+
 
 class WaveBranch(nn.Module):
-    """Strided convolutions with a layer norm after each, (B, T) to (B, F, channels) at 100 Hz."""
+    """Strided convolutions with a layer norm after each, (B, T) to (B, F, channels) at 100 Hz.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        widths: channels of each convolution.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
+        self.widths = widths
         self.convs = nn.ModuleList(
-            TimeConv(channels if layer else 1, channels, kernel, stride)
-            for layer, (kernel, stride) in enumerate(WAVE_LAYERS)
+            TimeConv(into, width, kernel, stride)
+            for into, width, (kernel, stride) in zip([1, *widths[:-1]], widths, WAVE_LAYERS, strict=True)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in WAVE_LAYERS)
+        self.norms = nn.ModuleList(map(GatedLayerNorm, widths))
 
-    def forward(self, wave_BT: Tensor) -> Tensor:
+    def forward(self, wave_BT: Tensor, gates: tuple[Tensor, ...] = ()) -> Tensor:
+        """Convolves audio.
+
+        Args:
+            wave_BT: (B, T) samples.
+            gates: factors of the channels of each convolution but the last; empty: all are 1.
+        """
         x_BFD = wave_BT[:, :, None]
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x_BFD = F.gelu(norm(conv(x_BFD)))
+        for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            gate_C = gate_of(gates[number:], 0)
+            x_BFD = gated(F.gelu(norm(conv(x_BFD), gate_C)), gate_C)
         return x_BFD
+
+    def channel_groups(self, prefix: str) -> tuple[ChannelGroup, ...]:
+        """Returns the channels between convolutions; names of parameters begin with `prefix`."""
+        return tuple(
+            ChannelGroup(
+                width,
+                tuple(f"{prefix}{part}.{at}.{kind}" for part in ("convs", "norms") for kind in ("weight", "bias")),
+                (f"{prefix}convs.{at + 1}.weight",),
+            )
+            for at, width in enumerate(self.widths[:-1])
+        )
 
 
 class Multiscale(Frontend, StreamingFrontend):
@@ -71,7 +104,8 @@ class Multiscale(Frontend, StreamingFrontend):
         self.subsampling = config.subsampling
         self.mel = LogMel(config.n_mels, normalize=config.normalize)
         self.mfcc = TorchaudioMfcc(40, config.mfcc_window, config.normalize)
-        self.wave = WaveBranch(config.wave_channels)
+        between = config.wave_widths or (config.wave_channels,) * (len(WAVE_LAYERS) - 1)
+        self.wave = WaveBranch((*between, config.wave_channels))
         self.reach = (config.mfcc_window - self.mel.window) // 2
         self.widths = [config.n_mels, self.mfcc.dim, config.wave_channels]
         self.feature_dim = sum(self.widths)
@@ -85,13 +119,19 @@ class Multiscale(Frontend, StreamingFrontend):
         self.gate_means: Tensor
         self.shortest = self.least_samples()
 
+    def channel_groups(self) -> tuple[ChannelGroup, ...]:
+        return self.wave.channel_groups("wave.")
+
+    def narrowed(self, sizes: Sequence[int]) -> dict[str, object]:
+        return {"wave_widths": list(sizes)}
+
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.mel.lengths(lengths_B)
 
     def frame_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.mel.lengths(lengths_B) // self.subsampling
 
-    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor, gates: tuple[Tensor, ...] = ()) -> Frames:
         wave_BT = pad_audio(wave_BT, self.shortest)
         mel: Frames = self.mel(wave_BT, lengths_B)
         n_frames = mel.x_BFD.shape[1]
@@ -100,11 +140,12 @@ class Multiscale(Frontend, StreamingFrontend):
         mfcc: Frames = self.mfcc(around, lengths_B + 2 * self.reach)
         if self.packed:
             packing = Packing.of(mel.lengths_B, n_frames, wave_BT.device)
-            row_1ND = packed_strided(self.wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
+            wave = functools.partial(self.wave, gates=gates)
+            row_1ND = packed_strided(wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
             wave_BFD = packing.unpack(row_1ND)
         else:
             # enough zeros after it that a short row gives the same in a long batch as alone
-            wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
+            wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)), gates)
         return self.joined(mel, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames])
 
     def joined(self, mel: Frames, mfcc_BFD: Tensor, wave_BFD: Tensor) -> Frames:
@@ -112,7 +153,7 @@ class Multiscale(Frontend, StreamingFrontend):
         x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in (mel.x_BFD, mfcc_BFD, wave_BFD)], dim=2)
         return Frames(zero_padding(x_BFD, mel.lengths_B), mel.lengths_B, mel.rate_hz)
 
-    def project(self, features: Frames) -> Frames:
+    def project(self, features: Frames, gates: tuple[Tensor, ...] = ()) -> Frames:
         branches = [
             stack_frames(features._replace(x_BFD=x_BFD), self.subsampling).x_BFD
             for x_BFD in features.x_BFD.split(self.widths, dim=2)  # type: ignore[no-untyped-call]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +15,9 @@ from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
-from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.models import ChannelGroup, Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
+from pretrain.nn.channel_gates import GatedLayerNorm, conv_groups, gate_of, gated, refuse_widths
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, pad_audio, scale_gradient, without_autocast, zero_padding
@@ -30,6 +33,9 @@ class Config(FrontendConfig):
     channels: Annotated[int, about("channels of every convolution", ge=1)] = 512
     kernels: Annotated[tuple[int, ...], about("taps of each convolution", min_length=1)] = (10, 3, 3, 3, 3, 2, 2)
     strides: Annotated[tuple[int, ...], about("stride of each convolution", min_length=1)] = (5, 2, 2, 2, 2, 2, 2)
+    widths: Annotated[
+        tuple[int, ...], about("channels of each convolution, where they differ; empty: frontend.channels in all")
+    ] = ()
     norm: Annotated[
         Norm,
         about("group: one group norm over time after the first convolution (BASE); layer: after each one (LARGE)"),
@@ -44,6 +50,12 @@ class Config(FrontendConfig):
     def __post_init__(self) -> None:
         if len(self.kernels) != len(self.strides):
             refuse("strides", list(self.strides), f"must be as many as frontend.kernels={list(self.kernels)}")
+        refuse_widths("widths", self.widths, len(self.kernels), f"frontend.kernels={list(self.kernels)}")
+
+    @property
+    def conv_widths(self) -> tuple[int, ...]:
+        """Channels of each convolution."""
+        return self.widths or (self.channels,) * len(self.kernels)
 
     @property
     def packable(self) -> bool:
@@ -71,7 +83,8 @@ class NormedConv(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(dim))
         self.norm_bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, wave_BT1: Tensor) -> Tensor:
+    def forward(self, wave_BT1: Tensor, gate_D: Tensor | None = None) -> Tensor:
+        """Returns (B, F, D) frames; channels are normalised one by one, so the gate has no effect here."""
         windows_BFK = wave_BT1[:, :, 0].unfold(1, self.kernel, self.stride)
         with without_autocast(wave_BT1.device):
             exact_BFK, weight_KD = windows_BFK.double(), self.weight[:, 0].T.double()
@@ -100,11 +113,11 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = TimeConv(in_dim, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
-        self.layer_norm = nn.LayerNorm(dim) if norm else None
+        self.layer_norm = GatedLayerNorm(dim) if norm else None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, gate_D: Tensor | None = None) -> Tensor:
         y_BTD: Tensor = self.conv(x_BTD)
-        return F.gelu(y_BTD if self.layer_norm is None else self.layer_norm(y_BTD))
+        return F.gelu(y_BTD if self.layer_norm is None else self.layer_norm(y_BTD, gate_D))
 
 
 class WaveformConv(Frontend, StreamingFrontend):
@@ -120,27 +133,39 @@ class WaveformConv(Frontend, StreamingFrontend):
         self.group_norm = config.norm == "group"
         self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
         self.gradient_scale = config.gradient_scale
-        self.feature_dim = config.channels
+        self.widths = widths = config.conv_widths
+        self.feature_dim = widths[-1]
         self.hop = math.prod(config.strides)
         self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / self.hop
         self.convs = nn.ModuleList()
         for layer, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
             if layer == 0 and config.norm == "group":
-                self.convs.append(NormedConv(config.channels, kernel, stride, config.bias))
+                self.convs.append(NormedConv(widths[0], kernel, stride, config.bias))
                 continue
-            in_dim = config.channels if layer else 1
+            in_dim = widths[layer - 1] if layer else 1
             self.convs.append(
                 ConvLayer(
-                    in_dim, config.channels, kernel=kernel, stride=stride, bias=config.bias, norm=config.norm == "layer"
+                    in_dim, widths[layer], kernel=kernel, stride=stride, bias=config.bias, norm=config.norm == "layer"
                 )
             )
-        self.norm = nn.LayerNorm(config.channels)
-        self.linear = nn.Linear(config.channels, dim)
-        nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)
+        self.norm = GatedLayerNorm(self.feature_dim)
+        self.linear = nn.Linear(self.feature_dim, dim)
+        nn.init.uniform_(self.linear.weight, -(self.feature_dim**-0.5), self.feature_dim**-0.5)
         self.dropout = Dropout(config.dropout)
         self.register_buffer("stem_deviation", torch.zeros(()), persistent=False)
         self.stem_deviation: Tensor
         self.shortest = self.least_samples()
+
+    def channel_groups(self) -> tuple[ChannelGroup, ...]:
+        convs = [self.convs.get_submodule(str(number)) for number in range(len(self.kernels))]
+        rows = [
+            tuple(f"convs.{number}.{name}" for name, _ in conv.named_parameters()) for number, conv in enumerate(convs)
+        ]
+        columns = [f"convs.{number}.conv.weight" for number in range(1, len(convs))]
+        return conv_groups(self.widths, rows, columns)
+
+    def narrowed(self, sizes: Sequence[int]) -> dict[str, object]:
+        return {"widths": list(sizes)}
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
@@ -150,7 +175,7 @@ class WaveformConv(Frontend, StreamingFrontend):
     def frame_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.feature_lengths(lengths_B)
 
-    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor, gates: tuple[Tensor, ...] = ()) -> Frames:
         wave_BT = pad_audio(wave_BT, self.shortest)
         if self.normalize:
             wave_BT = normalize_wave(wave_BT, lengths_B)
@@ -158,28 +183,31 @@ class WaveformConv(Frontend, StreamingFrontend):
         if self.packed:
             width = int(self.feature_lengths(torch.tensor(wave_BT.shape[1])))
             packing = Packing.of(frame_lengths_B, width, wave_BT.device)
-            row_1ND = packed_strided(self.convolve, wave_BT, lengths_B, packing.lengths, self.hop)
-            raw_BFD, normed_BFD = packing.unpack(row_1ND), packing.unpack(self.norm(row_1ND))
+            convolve = functools.partial(self.convolve, gates=gates)
+            row_1ND = packed_strided(convolve, wave_BT, lengths_B, packing.lengths, self.hop)
+            raw_BFD, normed_BFD = packing.unpack(row_1ND), packing.unpack(self.norm(row_1ND, gate_of(gates, -1)))
         else:
-            raw_BFD = self.convolve(wave_BT)
-            normed_BFD = zero_padding(self.norm(raw_BFD), frame_lengths_B)
+            raw_BFD = self.convolve(wave_BT, gates)
+            normed_BFD = zero_padding(self.norm(raw_BFD, gate_of(gates, -1)), frame_lengths_B)
         features = Frames(normed_BFD, frame_lengths_B, self.rate_hz, raw_BFD)
         self.stem_deviation.copy_(masked_deviation(raw_BFD, features.valid_BF()))
         return features
 
-    def convolve(self, wave_BT: Tensor) -> Tensor:
-        """Runs the convolutions, (B, T) to (B, F, channels), with a scaled gradient."""
+    def convolve(self, wave_BT: Tensor, gates: tuple[Tensor, ...] = ()) -> Tensor:
+        """Runs the convolutions, (B, T) to (B, F, feature_dim), with a scaled gradient."""
         x_BTD = wave_BT[:, :, None]
-        for conv in self.convs:
-            x_BTD = conv(x_BTD)
+        for number, conv in enumerate(self.convs):
+            if number:
+                x_BTD = gated(x_BTD, gate_of(gates, number - 1))
+            x_BTD = conv(x_BTD, gate_of(gates, number))
         return scale_gradient(x_BTD, self.gradient_scale)
 
     def watched(self) -> dict[str, Tensor]:
         """Returns the deviation of the stem; near 0 means collapse, even if later layers still differ."""
         return {"health/std_stem": self.stem_deviation}
 
-    def project(self, features: Frames) -> Frames:
-        x_BFD = self.dropout(self.linear(features.x_BFD))
+    def project(self, features: Frames, gates: tuple[Tensor, ...] = ()) -> Frames:
+        x_BFD = self.dropout(self.linear(gated(features.x_BFD, gate_of(gates, -1))))
         return Frames(zero_padding(x_BFD, features.lengths_B), features.lengths_B, self.rate_hz)
 
     def obstacles(self) -> list[Obstacle]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError, dump, load
 from launch.main import main
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.compression.cut import cut_blocks, cut_gates, cut_widths, require_closed
 from pretrain.config import Config
 from pretrain.evaluate.frozen_encoders import open_encoder
-from pretrain.interfaces.frames import BlockGates
+from pretrain.interfaces.frames import BlockGates, ModelGates
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Pruning
 from pretrain.interop.graph_export import export_graph
@@ -39,12 +39,21 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "U-shape": small("encoders", "transformer", layers=3, norm="pre", positions="rope", half_rate_blocks=1),
     "widths": small("encoders", "conformer", layers=3, widths=[[1, 48], [2, 64], [3, 16]]),
 }
+FRONT_ENDS: dict[str, dict[str, Any]] = {
+    "log-mel, one convolution": {"name": "log_mel", "subsampling": 2},
+    "log-mel, three convolutions": {"name": "log_mel", "subsampling": 8, "widths": [24, 16, 40]},
+    "log-mel, none": {"name": "log_mel", "subsampling": 1},
+    "waveform, group norm": {"name": "waveform_conv", "channels": 16, "bias": True},
+    "waveform, layer norms": {"name": "waveform_conv", "norm": "layer", "widths": [8, 16, 24, 16, 16, 16, 20]},
+    "three branches": {"name": "multiscale", "wave_channels": 16, "wave_widths": [8, 12, 16]},
+}
 WAVES = 0.1 * torch.randn(2, 12_000, generator=torch.Generator().manual_seed(0))
 
 
-def trained(encoder: str) -> LoadedCheckpoint:
+def trained(encoder: str, frontend: str = "") -> LoadedCheckpoint:
     """Returns a model whose weights, biases and norms are all random."""
-    values = {"data": {"shards": "none"}, "frontend": {"name": "log_mel"}, "encoder": ENCODERS[encoder]}
+    front = FRONT_ENDS[frontend] if frontend else {"name": "log_mel"}
+    values = {"data": {"shards": "none"}, "frontend": front, "encoder": ENCODERS[encoder]}
     config = load(Config, values | {"objective": small("objectives", "best_rq")})
     module = build_model(config).eval()
     torch.manual_seed(3)
@@ -55,10 +64,10 @@ def trained(encoder: str) -> LoadedCheckpoint:
 
 
 @torch.no_grad()
-def layers(model: SpeechModel, gates: tuple[BlockGates, ...] = ()) -> tuple[Tensor, ...]:
+def layers(model: SpeechModel, gates: ModelGates = ModelGates()) -> tuple[Tensor, ...]:  # noqa: B008 (immutable)
     model.eval()
-    frames = model.project(model.extract(WAVES, torch.tensor([12_000, 9_000])))
-    output = model.encoder(frames, None, gates)
+    features = model.extract(WAVES, torch.tensor([12_000, 9_000]), gates.frontend)
+    output = model.encoder(model.project(features, gates.frontend), None, gates.blocks)
     return tuple(layer[output.final.valid_BF()] for layer in output.layers)
 
 
@@ -75,8 +84,8 @@ def test_a_model_cut_after_a_block_ends_with_that_layer(encoder: str, blocks: in
         parity("cut after a block = stop_after: all layers", 1e-6, float((one - other).abs().max()))
 
 
-def some_gates(found: LoadedCheckpoint, heads: bool) -> tuple[BlockGates, ...]:
-    """Returns soft gates of which some are 0; those of the second block's channels all are."""
+def some_gates(found: LoadedCheckpoint, heads: bool) -> ModelGates:
+    """Returns soft gates of blocks of which some are 0; those of the second block's channels all are."""
     generator, gates = torch.Generator().manual_seed(1), []
     for number, width in enumerate(found.config.encoder.block_widths):  # type: ignore[attr-defined]
         parts = []
@@ -85,7 +94,7 @@ def some_gates(found: LoadedCheckpoint, heads: bool) -> tuple[BlockGates, ...]:
             gate[torch.rand(size, generator=generator) < 0.4] = 0.0
             parts.append(gate if number != 1 or size < 8 else torch.zeros(size))
         gates.append(BlockGates(parts[0] if heads else torch.ones_like(parts[0]), tuple(parts[1:])))
-    return tuple(gates)
+    return ModelGates(blocks=tuple(gates))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -101,6 +110,49 @@ def test_a_model_cut_by_its_gates_equals_the_gated_model(encoder: str, parity: P
         parity("cut = gated with the same gates: all layers, as a share of the largest", 1e-6, error)
     whole = layers(found.module.model)
     assert float((layers(cut.module.model)[-1] - whole[-1]).abs().max()) > 1e-3, "the gates change the model"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("frontend", [name for name in FRONT_ENDS if name != "log-mel, none"])
+def test_a_front_end_cut_by_its_gates_equals_the_gated_one(frontend: str, packed: bool, parity: Parity) -> None:
+    found, generator = trained("pre-norm", frontend), torch.Generator().manual_seed(2)
+    model = found.module.model
+    if packed and not found.config.frontend.packable:
+        packed = False
+    gates_of_groups = []
+    for number, group in enumerate(model.frontend.channel_groups()):
+        gate_C = torch.rand(group.size, generator=generator)
+        gate_C[torch.rand(group.size, generator=generator) < 0.5] = 0.0
+        gates_of_groups.append(gate_C if number != 1 else torch.zeros(group.size))  # all closed: one is kept
+    gates = some_gates(found, heads=True)._replace(frontend=tuple(gates_of_groups))
+    cut = cut_gates(found, gates)
+    kept = [group.size for group in cut.module.model.frontend.channel_groups()]
+    assert kept == [max(1, int((gate_C > 0).sum())) for gate_C in gates.frontend]
+    model.frontend.packed = cut.module.model.frontend.packed = packed
+    expected, given = layers(model, gates), layers(cut.module.model)
+    for one, other in zip(given, expected, strict=True):
+        error = float((one - other).abs().max() / other.abs().max())
+        parity("cut = gated with the same gates: all layers, as a share of the largest", 1e-6, error)
+    assert float((expected[0] - layers(model)[0]).abs().max()) > 1e-3, "the gates change the model"
+    again = load(Config, dump(cut.config))
+    assert again.frontend == cut.config.frontend
+
+
+def test_a_front_end_without_convolutions_has_no_gates() -> None:
+    assert trained("pre-norm", "log-mel, none").module.model.frontend.channel_groups() == ()
+
+
+@pytest.mark.parametrize(
+    ("frontend", "words"),
+    [
+        ({"name": "log_mel", "subsampling": 4, "widths": [8]}, r"widths.*must be 2 numbers from 1 on, as .*=4"),
+        ({"name": "waveform_conv", "widths": [8, 8]}, r"widths.*must be 7 numbers"),
+        ({"name": "multiscale", "wave_widths": [8, 0, 8]}, r"wave_widths.*must be 3 numbers from 1 on"),
+    ],
+)
+def test_widths_of_a_front_end_that_do_not_fit_are_refused(frontend: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(Config, {"data": {"shards": "none"}, "frontend": frontend, "objective": {"name": "hubert"}})
 
 
 @pytest.mark.parametrize("encoder", ["pre-norm", "conformer"])
