@@ -32,7 +32,8 @@ class HalfRate(nn.Module):
         """
         if grid is not None:
             x_BFD = grid.spread(x_BFD)
-        x_BFD = F.pad(x_BFD, (0, 0, 0, x_BFD.shape[1] % 2))
+        # not `F % 2` zeros: the exporter must see that the length is even
+        x_BFD = first_frames(F.pad(x_BFD, (0, 0, 0, 1)), 2 * ((x_BFD.shape[1] + 1) // 2))
         joined: Tensor = self.join(x_BFD.reshape(x_BFD.shape[0], -1, 2 * x_BFD.shape[2]))
         return joined
 

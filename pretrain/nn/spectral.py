@@ -59,11 +59,13 @@ def windows(wave_BT: Tensor, window: int, hop: int) -> Tensor:
     """
     if not torch.compiler.is_exporting():
         return wave_BT.unfold(1, window, hop)
-    n_frames, n_hops = (wave_BT.shape[1] - window) // hop + 1, -(-window // hop)
-    padded_BT = torch.nn.functional.pad(wave_BT, (0, n_hops * hop - window))
-    starts = range(0, n_hops * hop, hop)
-    hops = [padded_BT.narrow(1, at, n_frames * hop).reshape(-1, n_frames, hop) for at in starts]
-    return torch.cat(hops, dim=2)[:, :, :window]
+    n_slices = -(-window // hop)
+    n_hops = (wave_BT.shape[1] - window) // hop + n_slices
+    padded_BT = torch.nn.functional.pad(wave_BT, (0, n_slices * hop - window))
+    hops_BNH = padded_BT.narrow(1, 0, n_hops * hop).unflatten(1, (-1, hop))
+    frames_F = torch.arange((wave_BT.shape[1] - window) // hop + 1, device=wave_BT.device)
+    slices = [hops_BNH.index_select(1, frames_F + at) for at in range(n_slices)]
+    return torch.cat(slices, dim=2)[:, :, :window]
 
 
 def power_spectrum(frames_BFW: Tensor, n_fft: int) -> Tensor:
@@ -74,7 +76,7 @@ def power_spectrum(frames_BFW: Tensor, n_fft: int) -> Tensor:
     odd part, which have half as many samples.
     """
     if not torch.compiler.is_exporting():
-        spectrum = torch.fft.rfft(frames_BFW, n=n_fft)
+        spectrum: Tensor = torch.fft.rfft(frames_BFW, n=n_fft)
         return spectrum.real.square() + spectrum.imag.square()
     if frames_BFW.shape[2] % 2:
         frames_BFW = torch.nn.functional.pad(frames_BFW, (0, 1))
@@ -83,9 +85,9 @@ def power_spectrum(frames_BFW: Tensor, n_fft: int) -> Tensor:
     place_H = np.arange(half) + 0.5
     angle_HK = 2 * np.pi / n_fft * place_H[:, None] * np.arange(n_fft // 2 + 1)
     cosines_HK, sines_HK = (torch.from_numpy(part(angle_HK).astype(np.float32)) for part in (np.cos, np.sin))
-    even_BFK, odd_BFK = (after_BFH + before_BFH) @ cosines_HK, (after_BFH - before_BFH) @ sines_HK
-    power_BFK: Tensor = even_BFK.square() + odd_BFK.square()
-    return power_BFK
+    even_BFK: Tensor = (after_BFH + before_BFH) @ cosines_HK
+    odd_BFK: Tensor = (after_BFH - before_BFH) @ sines_HK
+    return even_BFK.square() + odd_BFK.square()
 
 
 class LogMel(nn.Module):
