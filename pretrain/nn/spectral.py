@@ -62,7 +62,7 @@ def windows(wave_BT: Tensor, window: int, hop: int) -> Tensor:
     n_slices = -(-window // hop)
     n_hops = (wave_BT.shape[1] - window) // hop + n_slices
     padded_BT = torch.nn.functional.pad(wave_BT, (0, n_slices * hop - window))
-    hops_BNH = padded_BT.narrow(1, 0, n_hops * hop).unflatten(1, (-1, hop))
+    hops_BNH = padded_BT.narrow(1, 0, n_hops * hop).view(wave_BT.shape[0], -1, hop)
     frames_F = torch.arange((wave_BT.shape[1] - window) // hop + 1, device=wave_BT.device)
     slices = [hops_BNH.index_select(1, frames_F + at) for at in range(n_slices)]
     return torch.cat(slices, dim=2)[:, :, :window]
