@@ -74,7 +74,7 @@ def cut(run: Path, out: Path, *options: str) -> bool:
 def widths_of(run: Path) -> list[str]:
     """Returns the overrides of a cut run's front end and encoder."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    fields = [(part, name) for part, names in SIZES.items() for name in names]
+    fields = [(part, name) for part, names in SIZES.items() for name in names if name in config[part]]
     return [f"{part}.{name}={json.dumps(config[part][name], separators=(',', ':'))}" for part, name in fields]
 
 
