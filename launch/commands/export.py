@@ -53,7 +53,9 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--shards", help="int8: shard folder with the audio for calibration and comparison")
     parser.add_argument(
-        "--manifest", help="int8: also compare probes of phones; a manifest as of auricle evaluate, '' for its default"
+        "--manifest",
+        help="int8: also compare probes of phones, or for an edge recogniser its word error rate, on the speakers of "
+        "the split valid; a manifest as of auricle evaluate, '' for its default",
     )
     parser.add_argument(
         "--reduce-range", action="store_true", help="int8: 7 bits for weights, for x86 devices without VNNI"

@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
-COLUMNS = ("run", "heads × inner channels of each block", "score", "RTF", "measured", "MB")
+COLUMNS = ("run", "heads × inner channels of each block", "score", "distilled on", "RTF", "measured", "MB")
 
 
 def run(arguments: list[str]) -> int:
@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     parser = Parser(
         "auricle search-architecture",
         description="searches the subnets of a supernet (objective.elastic) for the best scores at low latency by "
-        "NSGA-II, and cuts finalists into runs; the same command continues an interrupted search",
+        "NSGA-II, cuts finalists into runs and distils them on; the same command continues an interrupted search",
     )
     parser.add_argument("run", help="run folder of a supernet, or its name below runs/")
     parser.add_argument("out", type=Path, help="folder for scores, front and runs")
@@ -31,8 +31,16 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--task", default="phones", help="task of the probe, as of auricle evaluate (default: phones)")
     parser.add_argument("--manifest", default="", help="its manifest, as of auricle evaluate")
     parser.add_argument("--max-utterances", type=int, default=0, help="its utterances per split; 0: all (default: 0)")
+    parser.add_argument(
+        "--updates", type=int, default=0, help="distil each finalist on for as many updates; 0: none (default: 0)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=0, help="ranks of that training; 0: one per GPU, or one (default: 0)"
+    )
     given = parser.parse_args(arguments)
-    for name, least in (("trials", 1), ("population", 2), ("finalists", 1), ("seed", 0), ("max_utterances", 0)):
+    least_values = {"trials": 1, "population": 2, "finalists": 1}
+    for name in ("trials", "population", "finalists", "seed", "max_utterances", "updates", "processes"):
+        least = least_values.get(name, 0)
         if vars(given)[name] < least:
             parser.error(f"--{name.replace('_', '-')} {vars(given)[name]}: must be at least {least}")
     for name in ("rtf", "mb"):
@@ -53,17 +61,21 @@ def run(arguments: list[str]) -> int:
         manifest=given.manifest,
         max_utterances=given.max_utterances,
         finalists=given.finalists,
+        updates=given.updates,
+        processes=given.processes,
     )
     result = search_architecture(given.run, given.out, options)
     rows = [
         [
             final.run.name, subnet_label(final.candidate.subnet), f"{final.candidate.score:.1%}",
-            f"{final.candidate.cost.rtf:.5f}", f"{final.measured_rtf:.5f}", f"{final.candidate.cost.megabytes:.1f}",
+            f"{final.distilled[1]:.1%}" if final.distilled else "", f"{final.candidate.cost.rtf:.5f}",
+            f"{final.measured_rtf:.5f}", f"{final.candidate.cost.megabytes:.1f}",
         ]
         for final in result.finals
     ]  # fmt: skip
     show(table(COLUMNS, rows))
     print(f"{result.scored} subnets scored; error of the predicted latency on left-out subnets {result.error:.1%}")
     for final in result.finals:
-        print(f"to train on: init={final.run} {final.overrides}")
+        training = f"to train on: init={final.run} {final.overrides}"
+        print(f"distilled on: {final.distilled[0]}" if final.distilled else training)
     return ExitCode.DONE

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
+from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.new_folder import new_folder
-from launch.workflows.quantized_export import SECONDS, Int8Options, read_waves
+from data_pipeline.core.schema import ConfigError
+from launch.workflows.quantized_export import POINTS_LOST, SECONDS, Int8Options, probe_loss, read_waves
 from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.compression import quantization
+from pretrain.evaluate.frozen_encoders import FrozenEncoder
+from pretrain.evaluate.manifest import find_manifest, labelled_parts, read_audio, read_manifest
 from pretrain.heads.ctc import CTC
 from pretrain.interop import stream_export, stream_program
 from pretrain.interop.graph_export import Run
+from pretrain.recognition.error_rates import errors, written
 
 MODEL, DESCRIPTION = "model.onnx", "edge.json"
 
@@ -43,7 +52,8 @@ def export_edge(
         head: a CTC head of the run that makes the package a recogniser; None: it gives features.
 
     Raises:
-        ConfigError: `out` exists, the model cannot stream (with the fields to set), or INT8 loses too much.
+        ConfigError: `out` exists, the model cannot stream (with the fields to set), or INT8 loses too much, of the
+            features or of the task that `int8.manifest` is for.
     """
     with new_folder(out) as package, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
@@ -65,8 +75,57 @@ def export_edge(
             quantization.require_accurate(loss, lambda: "the streaming graph; export --to onnx --int8 names the part")
             shares = 100 * loss.units, 100 * loss.error
             lost = f"{shares[0]:.1f} % of the frames change their cluster, features differ by {shares[1]:.1f} %"
+            if int8.manifest is not None:
+                lost += f", {_require_accurate_task(exact, package, int8.manifest)}"
         size = (package / MODEL).stat().st_size / 1e6
     return f"{lost}; {size:.1f} MB"
+
+
+def _require_accurate_task(exact: Path, small: Path, manifest: str) -> str:
+    """Returns what the INT8 package loses on the validation speakers of a manifest, in words.
+
+    A recogniser is judged by the word error rate of its greedy texts, features by probes of phones.
+
+    Raises:
+        ConfigError: it loses more than POINTS_LOST, or the manifest has no such speech.
+    """
+    symbols = stream_program.Stream(small).about["symbols"]
+    if not symbols:
+        rate_hz = stream_program.Stream(small).about["frames_per_second"]
+        runs = {"fp32": streamed(exact), "int8": streamed(small)}
+        encoders = [FrozenEncoder(name, functools.partial(_layer, run), rate_hz) for name, run in runs.items()]
+        return f"probes of phones lose {100 * probe_loss(encoders, manifest):.1f} points"
+    _, valid = labelled_parts(
+        read_manifest(find_manifest(manifest)), (), "valid", lambda u: bool(written(u.text, symbols))
+    )
+    if not valid:
+        raise ConfigError(f"--manifest {manifest}: no text in the split valid, on which the recogniser is compared")
+    references, waves = [written(u.text, symbols) for u in valid], [read_audio(u) for u in valid]
+    before, after = (errors(folder.name, references, texts_of(folder, waves)).wer for folder in (exact, small))
+    if not after - before <= POINTS_LOST:
+        raise ConfigError(
+            f"--int8: the word error rate rises by {100 * (after - before):.1f} points (allowed: "
+            f"{100 * POINTS_LOST:.0f}), {100 * before:.1f} → {100 * after:.1f}; train the last updates with "
+            "engine.fake_int8, or export in fp32"
+        )
+    return f"WER {100 * before:.1f} → {100 * after:.1f} %"
+
+
+def _layer(run: Run, wave_T: Tensor) -> Tensor:
+    """Returns the features of one recording, (1, F, D)."""
+    return run(wave_T[None])
+
+
+def texts_of(folder: Path, waves: Sequence[Wave]) -> list[str]:
+    """Returns the texts of a package that is a recogniser, computed chunk by chunk."""
+    stream, found = stream_program.Stream(folder), []
+    for wave_T in track(waves, "recognising", transient=True):
+        stream.reset()
+        text = stream_program.Text(stream.about["symbols"])
+        for outputs in itertools.chain(stream.push(wave_T), stream.finish()):
+            text.add(outputs["log_probs"])
+        found.append(text.text)
+    return found
 
 
 def _quantize(source: Path, target: Path, found: LoadedCheckpoint, int8: Int8Options) -> dict[str, Any]:

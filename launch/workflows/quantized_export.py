@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,18 +23,21 @@ from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.compression import quantization
 from pretrain.compression.attention_fusion import fuse_attention
 from pretrain.compression.quantization import Lost, Mode
+from pretrain.evaluate.frozen_encoders import FrozenEncoder
+from pretrain.evaluate.graph_encoder import open_graph_encoder
 from pretrain.interop.graph_export import export_graph, open_graph
 
 SECONDS = 120.0
 """Audio that is read for calibration, and as much again for the comparison."""
 POINTS_LOST = 0.01
-"""Largest loss of the accuracy of a probe."""
+"""Largest loss of the accuracy of a probe, and largest rise of a word error rate."""
 
 
 class Int8Options(NamedTuple):
     """Settings of quantisation.
 
-    manifest: also compare probes of phones on it; None: do not.  reduce_range: 7 bits for weights.
+    manifest: also compare probes of phones, or the error rate of an edge recogniser, on it; None: do not.
+    reduce_range: 7 bits for weights.
     """
 
     mode: Mode
@@ -78,7 +82,9 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
             lost, lambda: quantization.worst_block(files[0], graph, nodes, options.mode, waves[:8])
         )
         shutil.copy(exact / "features.json", small)
-        points = probe_loss(exact, small, options.manifest) if options.manifest is not None else None
+        points = None
+        if options.manifest is not None:
+            points = probe_loss([open_graph_encoder(folder) for folder in (exact, small)], options.manifest)
         sizes = [file.stat().st_size / 1e6 for file in files]
         described = json.loads((exact / "features.json").read_text(encoding="utf-8"))
         described["int8"] = _description(options.mode, reduce_range, (len(nodes), attentions), lost, points)
@@ -90,18 +96,20 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
     )
 
 
-def probe_loss(exact: Path, small: Path, manifest: str) -> float:
+def probe_loss(encoders: Sequence[FrozenEncoder], manifest: str) -> float:
     """Returns the accuracy that probes of phones lose on the validation speakers.
+
+    Args:
+        encoders: in fp32 and in INT8.
+        manifest: of labelled speech.
 
     Raises:
         ConfigError: they lose more than POINTS_LOST.
     """
     from pretrain.evaluate.config import EvaluateConfig
     from pretrain.evaluate.evaluator import evaluate
-    from pretrain.evaluate.graph_encoder import open_graph_encoder
 
     config = EvaluateConfig(checkpoint="fp32,int8", manifest=manifest, seeds=1, baselines=False, ask="valid")
-    encoders = [open_graph_encoder(folder) for folder in (exact, small)]
     rows = [row for row in evaluate(config, lambda line: None, encoders) if row.measure == "non-silence frames"]
     points = rows[0].value - rows[1].value
     if not points <= POINTS_LOST:

@@ -1,4 +1,4 @@
-"""auricle search-architecture: the subnets of a supernet with the best scores at low latency, cut into runs."""
+"""auricle search-architecture: the subnets of a supernet with the best scores at low latency, cut and distilled on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 from data_pipeline.core.atomic_files import sha256_of, write_json
 from data_pipeline.core.json_object import read_optional
 from data_pipeline.core.schema import ConfigError, load
+from launch.config import PretrainJob
 from launch.runs.summary import find_run
+from launch.workflows import pretraining
 from launch.workflows.compressing import changed_fields, compress
-from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.locate import find_checkpoint, steps_done
 from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
 from pretrain.compression import architecture_search
 from pretrain.compression.architecture_search import Budget, ScoredSubnet, Scores, SubnetCost
@@ -37,6 +39,7 @@ class SearchOptions:
     table: JSON of `auricle bench --table RUN --subnets N`, made on the device.  budget: largest costs.  trials,
     population: subnets to score, and of a generation.  task, manifest, max_utterances: the probe, as of `auricle
     evaluate`; its score is that of speakers of the split valid.  finalists: subnets of the front that become runs.
+    updates: for which each finalist is distilled on; 0: they stay as they were cut.  processes: of that training.
     """
 
     table: Path
@@ -48,16 +51,23 @@ class SearchOptions:
     manifest: str
     max_utterances: int
     finalists: int
+    updates: int = 0
+    processes: int = 0
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A subnet that became a run.  measured_rtf: on this machine.  overrides: fields of its encoder, for `init=`."""
+    """A subnet that became a run.
+
+    measured_rtf: on this machine.  overrides: fields of its encoder, for `init=`.  distilled: the run in which it was
+    distilled on, and the score of that; None where none was asked for.
+    """
 
     run: Path
     candidate: ScoredSubnet
     measured_rtf: float
     overrides: str
+    distilled: tuple[Path, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def open_supernet(run: str) -> tuple[Path, LoadedCheckpoint, Space]:
 
 
 def search_architecture(run: str, out: Path, options: SearchOptions) -> FoundArchitectures:
-    """Searches a supernet and cuts finalists into runs; the same call continues an interrupted search.
+    """Searches a supernet, cuts finalists into runs and distils them on; the same call continues an interrupted one.
 
     Args:
         run: a run folder, a checkpoint, or a run's name below runs/.
@@ -97,7 +107,7 @@ def search_architecture(run: str, out: Path, options: SearchOptions) -> FoundArc
 
     Raises:
         ConfigError: the run is no supernet, the table does not fit it or predicts badly, no subnet is within the
-            limits, or `out` holds another search.
+            limits, `out` holds another search, or a training failed.
     """
     checkpoint, found, space = open_supernet(run)
     table = read_latency_table(options.table)
@@ -120,12 +130,13 @@ def search_architecture(run: str, out: Path, options: SearchOptions) -> FoundArc
         raise ConfigError("no subnet that was drawn is within the limits; give more --trials, or raise them")
     front = architecture_search.front(candidates)
     finals = _cut(run, found, out, architecture_search.finalists(candidates, options.finalists), table)
+    if options.updates:
+        finals = [_distilled(final, checkpoint, options, probe()) for final in finals]
     write_json(out / FRONT, {
         "latency_error": latency.error,
         "scored": len(candidates),
         "front": [_row(candidate) for candidate in front],
-        "finalists": [_row(final.candidate) | {"run": final.run.name, "measured_rtf": final.measured_rtf}
-                      for final in finals],
+        "finalists": [_final_row(final) for final in finals],
     })  # fmt: skip
     plot_front(candidates, front, finals, out / PLOT)
     return FoundArchitectures(len(candidates), latency.error, front, finals)
@@ -149,9 +160,39 @@ def subnet_encoder(found: LoadedCheckpoint, subnet: Subnet) -> FrozenEncoder:
 
 def subnet_score(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> float:
     """Returns the accuracy of a probe of a subnet, from 0 to 1."""
-    encoder = subnet_encoder(found, subnet)
+    return _score(task, subnet_encoder(found, subnet))
+
+
+def _score(task: TaskEvaluation, encoder: FrozenEncoder) -> float:
     tallies = task.scores(lambda seed: encoder, same=True)
     return accuracy(next(iter(tallies.values())))
+
+
+def distillation_job(cut_run: Path, supernet: Path, updates: int, processes: int = 0) -> PretrainJob:
+    """Returns the training that distils a finalist on, with the supernet's data, teacher and optimizer.
+
+    Args:
+        cut_run: the finalist.
+        supernet: checkpoint of the supernet, the teacher where the supernet was its own.
+        updates: their number.
+        processes: ranks; 0: as `auricle pretrain` chooses.
+    """
+    values = json.loads((cut_run / "config.json").read_text(encoding="utf-8"))
+    values |= {"name": f"{cut_run.name}_distilled_{updates}", "runs": str(cut_run.parent), "init": str(cut_run)}
+    values["objective"]["teacher"] = values["objective"]["teacher"] or str(supernet)
+    values["train"]["steps"] = updates
+    values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], updates // 10)
+    return load(PretrainJob, values | {"launcher": {"name": "local", "processes": processes}})
+
+
+def _distilled(final: Finalist, supernet: Path, options: SearchOptions, task: TaskEvaluation) -> Finalist:
+    """Distils a finalist on, unless that is finished, and scores it."""
+    job = distillation_job(final.run, supernet, options.updates, options.processes)
+    folder = final.run.parent / job.name
+    if steps_done(folder) < options.updates and (code := pretraining.start(job)):
+        raise ConfigError(f"{folder}: the training ended with exit code {code}; the same command continues it")
+    model = load_checkpoint(find_checkpoint(str(folder))).module.model
+    return dataclasses.replace(final, distilled=(folder, _score(task, last_layer(freeze(model, job.name)))))
 
 
 def _probe(checkpoint: str, options: SearchOptions) -> TaskEvaluation:
@@ -165,7 +206,8 @@ def _probe(checkpoint: str, options: SearchOptions) -> TaskEvaluation:
 def _settings(options: SearchOptions) -> dict[str, Any]:
     """Returns what an interrupted search must have in common with the one that continues it."""
     values = dataclasses.asdict(options)
-    return {name: value for name, value in values.items() if name not in ("table", "trials", "finalists")}
+    free = ("table", "trials", "finalists", "updates", "processes")
+    return {name: value for name, value in values.items() if name not in free}
 
 
 def _require_same(out: Path, settings: dict[str, Any]) -> None:
@@ -207,6 +249,13 @@ def _row(candidate: ScoredSubnet) -> dict[str, Any]:
     return {"widths": widths, "score": candidate.score, **candidate.cost._asdict()}
 
 
+def _final_row(final: Finalist) -> dict[str, Any]:
+    row = _row(final.candidate) | {"run": final.run.name, "measured_rtf": final.measured_rtf}
+    if final.distilled is not None:
+        row |= {"distilled_run": final.distilled[0].name, "distilled_score": final.distilled[1]}
+    return row
+
+
 def plot_front(
     candidates: Sequence[ScoredSubnet], front: Sequence[ScoredSubnet], finals: Sequence[Finalist], file: Path
 ) -> None:
@@ -221,6 +270,9 @@ def plot_front(
     axes.scatter(
         measured, [100 * f.candidate.score for f in finals], marker="x", color="C3", label="finalists, measured"
     )
+    if trained := [final for final in finals if final.distilled is not None]:
+        scores = [100 * final.distilled[1] for final in trained if final.distilled is not None]
+        axes.scatter([final.measured_rtf for final in trained], scores, marker="^", color="C2", label="distilled on")
     axes.set_xlabel("seconds of computing per second of audio")
     axes.set_ylabel("score, %")
     axes.legend()

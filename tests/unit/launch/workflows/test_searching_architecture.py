@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,20 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError
+from launch.config import PretrainJob
 from launch.main import main
+from launch.runs.metadata import run_config
+from launch.workflows import pretraining
 from launch.workflows import searching_architecture as searching
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.compression.cut import cut_subnet
 from pretrain.compression.latency import measured_subnets
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze
 from pretrain.evaluate.metrics import Tally
 from pretrain.interfaces.subnets import ElasticConfig, Space, Subnet
-from tests.support.training import save
+from pretrain.train import Ending
+from tests.support.training import run, save
 
 ELASTIC: dict[str, Any] = {"blocks": [1, 2], "heads": [1, 2], "ffn": [16, 64]}
 SPACE = Space(ElasticConfig(**{name: tuple(sizes) for name, sizes in ELASTIC.items()}), 2, 2, 64, 1)
@@ -79,6 +84,48 @@ def test_finalists_become_runs_and_a_second_call_adds_no_score(
     assert json.loads((tmp_path / "found" / "front.json").read_text()) == found
     assert main([*line, *limits, "--seed", "1"]) == 2
     assert "holds a search with another seed; give a new folder" in capsys.readouterr().err
+
+
+def test_finalists_are_distilled_on_and_scored_again(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    begun: list[PretrainJob] = []
+
+    def start(job: PretrainJob) -> int:
+        """Trains in this process, which does not load a teacher: the run's own first weights teach."""
+        begun.append(job)
+        config = run_config(job)
+        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, teacher="", layers=()))
+        return 0 if run(Path(job.runs) / job.name, config)[0] is Ending.FINISHED else 1
+
+    def opened(name: str) -> LoadedCheckpoint:
+        return load_checkpoint(find_checkpoint(str(tmp_path / "found" / name)))
+
+    monkeypatch.setattr(pretraining, "start", start)
+    monkeypatch.setattr(searching, "_score", lambda task, encoder: 0.75)
+    options = [*line, "--finalists", "2", "--processes", "1", "--updates"]
+    assert main([*options, "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("distilled on: ") == 2
+    assert "75.0%" in printed
+    found = json.loads((tmp_path / "found" / "front.json").read_text())["finalists"]
+    assert [final["distilled_score"] for final in found] == [0.75, 0.75]
+    assert len(begun) == 2
+    for job, final in zip(begun, found, strict=True):
+        assert (job.name, job.launcher.processes) == (final["distilled_run"], 1)
+        assert job.objective.teacher_run == line[1], "the supernet was its own teacher"
+        trained, cut = opened(final["distilled_run"]), opened(final["run"]).module.model.state_dict()
+        assert (trained.step, trained.module.objective.space()) == (3, None)
+        assert [list(pair) for pair in trained.config.encoder.widths] == final["widths"]  # type: ignore[attr-defined]
+        moved = [not torch.equal(weight, cut[name]) for name, weight in trained.module.model.state_dict().items()]
+        assert sum(moved) > len(moved) / 2
+    assert main([*options, "3"]) == 0
+    assert len(begun) == 2, "finished runs stay"
+    monkeypatch.setattr(pretraining, "start", lambda job: 4)
+    assert main([*options, "5"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the training ended with exit code 4; the same command continues it" in said
 
 
 class HeardLayers:

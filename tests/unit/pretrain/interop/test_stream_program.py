@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
@@ -16,6 +17,7 @@ import torch
 
 from data_pipeline.text.tokenizer import write_tokens
 from launch.main import main
+from launch.workflows import edge_export
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.interop import stream_program
 from pretrain.nn.attention_patterns import Pattern
@@ -39,6 +41,12 @@ def output(folder: Path, *arguments: str, given: bytes = b"") -> subprocess.Comp
 
 def features(lines: bytes) -> np.ndarray:
     return np.concatenate([np.array(json.loads(line)["features"]).reshape(-1, 32) for line in lines.splitlines()])
+
+
+def write_wav(file: Path, samples: np.ndarray) -> None:
+    with wave.open(str(file), "wb") as target:
+        target.setparams((1, 2, 16_000, 0, "NONE", ""))
+        target.writeframes(samples.astype("<i2").tobytes())
 
 
 def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,9 +75,7 @@ def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pyt
     assert given.shape == expected.shape
     assert 0 < np.sqrt(np.mean((given - expected) ** 2)) < 0.05 * expected.std(), "INT8, so close but not equal"
 
-    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes(pcm.tobytes())
+    write_wav(tmp_path / "sound.wav", pcm)
     assert np.array_equal(features(output(edge, str(tmp_path / "sound.wav")).stdout), given)
     assert main(["bench", str(edge), "--runs", "2", "--seconds", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["graphs"][0]["first_output_ms"] < 1000
@@ -104,6 +110,37 @@ def test_the_head_that_is_named_gives_the_symbols(tmp_path: Path, capsys: pytest
     said = output(edge, "--stdin", given=bytes(64_000))
     assert said.returncode == 0, said.stderr.decode()
     assert set(json.loads(said.stdout.splitlines()[0])["text"]) <= set(" ab")
+
+
+def test_an_int8_recogniser_is_compared_by_its_word_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = str(write_shards(tmp_path / "shards", [sounds([1.0] * 6)]))
+    frontend = {"name": "log_mel", "normalize": "fixed", "subsampling": 2}
+    heads = {"text": {"name": "ctc", "symbols": " ab"}}
+    data = {"shards": "synthetic", "micro_batches": 4, "labels": ["text"]}
+    save(tmp_path / "run", 2, data=data, heads=heads, frontend=frontend, encoder=ENCODER)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    rows = ["path\tspeaker\ttext\tsplit"]
+    for number, split in enumerate(("train", "valid", "valid")):
+        write_wav(tmp_path / f"{number}.wav", np.random.default_rng(number).standard_normal(12_000) * 3000)
+        rows.append(f"{number}.wav\ts{number}\ta b\t{split}")
+    (tmp_path / "manifest.tsv").write_text("\n".join(rows) + "\n")
+    line = ["export", str(checkpoint), str(tmp_path / "edge"), "--to", "edge", "--int8", "dynamic", "--shards", shards]
+    line += ["--head", "text", "--manifest"]
+    monkeypatch.setattr(edge_export, "POINTS_LOST", -2.0)
+    assert main([*line, str(tmp_path / "manifest.tsv")]) == 2
+    assert "--int8: the word error rate rises by" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "edge").exists()
+    monkeypatch.setattr(edge_export, "POINTS_LOST", 2.0)
+    assert main([*line, str(tmp_path / "manifest.tsv")]) == 0
+    assert re.search(r"WER \d+\.\d → \d+\.\d %", capsys.readouterr().out)
+    waves = [0.1 * np.random.default_rng(9).standard_normal(20_000).astype(np.float32)]
+    said = output(tmp_path / "edge", "--stdin", given=(waves[0] * 32768).astype("<i2").tobytes())
+    assert edge_export.texts_of(tmp_path / "edge", waves)[0] == json.loads(said.stdout.splitlines()[-1])["text"]
+    (tmp_path / "manifest.tsv").write_text("\n".join(rows[:2]) + "\n")
+    assert main([*line[:2], str(tmp_path / "other"), *line[3:], str(tmp_path / "manifest.tsv")]) == 2
+    assert "no text in the split valid" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_program_is_short_and_needs_two_packages_only() -> None:
