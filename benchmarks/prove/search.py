@@ -7,8 +7,9 @@ Speech: manifest.tsv of the folder that AURICLE_SPEECH names; the teacher is a r
 distilled from it on the splits pretrain and train, anew for each seed. At the latencies of three subnets whose blocks
 are alike, from this machine's table, within 3 %: the best subnet on validation speakers of NSGA-II, of as many random
 draws and of uniform scaling; beside them the deepest truncation of the supernet that is not slower. All share the
-supernet's weights and are compared on test speakers, paired. The page is written after each seed, and the same command
-continues. Writes benchmarks/results/search.json and .md. Exit code 1 unless at each latency the search is 0.5 points
+supernet's weights and are compared on test speakers, paired. With the first seed, eight subnets are distilled alone,
+too, and Kendall's τ says whether the supernet ranks them as they are. The page is written after each seed, and the same
+command continues. Writes benchmarks/results/search.json and .md. Exit code 1 unless at each latency the search is 0.5 points
 above uniform scaling (interval above 0) and above random search.
 """
 
@@ -24,21 +25,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
 from benchmarks.prove.compress import EQUAL, MEASURE, tallies  # noqa: E402
-from benchmarks.prove.compress_students import train  # noqa: E402
+from benchmarks.prove.compress_students import cut, train, widths_of  # noqa: E402
 from data_pipeline.core import jsonl  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from launch.workflows.searching_architecture import open_supernet, subnet_encoder, subnet_score  # noqa: E402
 from pretrain.checkpointing.weights import LoadedCheckpoint  # noqa: E402
 from pretrain.compression.architecture_search import Budget, Scores, SubnetCost, search_subnets, subnet_label  # noqa: E402
-from pretrain.compression.latency import LatencyModel, megabytes  # noqa: E402
+from pretrain.compression.latency import LatencyModel, measured_subnets, megabytes  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
-from pretrain.evaluate.frozen_encoders import log_mel_with_context  # noqa: E402
+from pretrain.evaluate.frozen_encoders import last_layer, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.interfaces.subnets import Space, Subnet  # noqa: E402
@@ -47,6 +50,8 @@ from pretrain.profiling.processor import model_name  # noqa: E402
 SHARES = (0.55, 0.7, 0.85)
 """Latencies, about, as shares of the supernet's."""
 ABOVE = 0.005
+TAU = 0.6
+"""Least rank correlation of subnets in the supernet and trained alone."""
 SEARCH, RANDOM, UNIFORM, TRUNCATION = "search", "random search", "uniform scaling", "truncation"
 Cost = Callable[[Subnet], SubnetCost]
 
@@ -60,13 +65,6 @@ def latencies(space: Space, cost: Cost) -> list[float]:
 def rivals(space: Space, scores: Scores, cost: Cost, budget: Budget, trials: int, seed: int) -> dict[str, Subnet]:
     """Returns the best subnet within the budget of each way to choose one; a truncation may be faster."""
 
-    def scored(subnet: Subnet) -> float:
-        known = scores.known()
-        if subnet not in known:
-            known[subnet] = scores.compute(subnet)
-            jsonl.append_rows(scores.file, [{"widths": [list(pair) for pair in subnet], "score": known[subnet]}])
-        return known[subnet]
-
     def within(subnets: Sequence[Subnet]) -> list[Subnet]:
         return [subnet for subnet in subnets if budget.holds(cost(subnet))]
 
@@ -78,8 +76,8 @@ def rivals(space: Space, scores: Scores, cost: Cost, budget: Budget, trials: int
     whole = [space.uniform(blocks, space.heads[-1], space.ffn[-1]) for blocks in space.blocks]
     chosen = {
         SEARCH: max(found, key=lambda candidate: candidate.score).subnet,
-        RANDOM: max(drawn, key=scored),
-        UNIFORM: max(within(list(space.uniforms())), key=scored),
+        RANDOM: max(drawn, key=scores.score),
+        UNIFORM: max(within(list(space.uniforms())), key=scores.score),
     }
     if kept := [subnet for subnet in whole if budget.without_least().holds(cost(subnet))]:
         chosen[TRUNCATION] = kept[-1]
@@ -111,6 +109,42 @@ def latency_table(run: Path, given: Namespace) -> dict[str, Any]:
     return table
 
 
+def trained_alone(subnet: Subnet, space: Space, given: Namespace) -> Path:
+    """Returns a run of one subnet that was distilled alone, from the teacher's weights, for the supernet's updates."""
+    label = "_".join(f"{heads}x{ffn}" for heads, ffn in subnet)
+    first, cut_run, widths = (given.work / f"{kind}_{label}" for kind in ("first", "cut", "widths"))
+    widths.write_text(json.dumps(subnet) + "\n", encoding="utf-8")
+    source = given.teacher
+    if len(subnet) < space.layers:
+        cut(source, first, "--blocks", str(len(subnet)))
+        source = first
+    cut(source, cut_run, "--widths", str(widths))
+    overrides = ["+experiment=distil_tiny", "data.batch_seconds=64", f"objective.teacher={given.teacher}"]
+    return train(
+        f"alone_{label}", given.updates, given.work, given.shards, *overrides, f"init={cut_run}", *widths_of(cut_run)
+    )
+
+
+def rank_correlation(
+    space: Space, scored: Callable[[Subnet], float], choosing: TaskEvaluation, given: Namespace
+) -> dict[str, Any]:
+    """Returns Kendall's τ of subnets' scores with the supernet's weights and of the same, trained alone.
+
+    Args:
+        space: all subnets.
+        scored: returns the score with the supernet's weights.
+        choosing: the probe.
+        given: the command line.
+    """
+    rows = []
+    for subnet in measured_subnets(space, given.alone):
+        run = trained_alone(subnet, space, given)
+        encoder = last_layer(open_encoder(str(run)))
+        rows.append((subnet_label(subnet), scored(subnet), accuracy(tallies(choosing, encoder))))
+    shared, alone = ([row[column] for row in rows] for column in (1, 2))
+    return {"subnets": rows, "tau": float(scipy.stats.kendalltau(shared, alone).statistic)}
+
+
 def seed_results(seed: int, choosing: TaskEvaluation, asking: TaskEvaluation, given: Namespace) -> dict[str, Any]:
     """Trains a supernet, searches it at each latency and tests what was chosen; returns plain values for JSON."""
     overrides = ["+experiment=supernet_tiny", f"objective.teacher={given.teacher}", f"init={given.teacher}"]
@@ -126,6 +160,9 @@ def seed_results(seed: int, choosing: TaskEvaluation, asking: TaskEvaluation, gi
         return subnet_score(choosing, found, subnet)
 
     scores = Scores(given.work / f"scores_{given.updates}_{seed}_{given.max_utterances}.jsonl", score)
+    alone = None
+    if given.alone and seed == 0:
+        alone = rank_correlation(space, scores.score, choosing, given)
     counted, rows = dict[str, Tally](), []
     for rtf in latencies(space, cost):
         budget = Budget(most_rtf=(1 + EQUAL) * rtf, least_rtf=(1 - EQUAL) * rtf)
@@ -144,6 +181,7 @@ def seed_results(seed: int, choosing: TaskEvaluation, asking: TaskEvaluation, gi
         "subnets": space.size,
         "latency_error": latency.error,
         "noisy": table["noisy_subnets"],
+        "alone": alone,
     }
 
 
@@ -185,6 +223,7 @@ def main() -> int:
     parser.add_argument("--max-utterances", type=int, default=60, help="per split of the probe that chooses; 0: all")
     parser.add_argument("--test-utterances", type=int, default=150, help="per split of the probe that tests; 0: all")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each subnet")
+    parser.add_argument("--alone", type=int, default=8, help="subnets that are trained alone, with seed 0; 0: none")
     given = parser.parse_args()
     manifest = real_speech()
     if manifest is None:
@@ -225,6 +264,7 @@ def report(seeds: Sequence[dict[str, Any]], begun: float, given: Namespace) -> b
         "supernet": sum(seed["supernet"] for seed in seeds) / len(seeds),
         "subnets": seeds[0]["subnets"],
         "latencies": found,
+        "alone": seeds[0].get("alone"),
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "search.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -260,6 +300,14 @@ def write_page(result: dict[str, Any], file: Path) -> None:
         f"Gate, at each latency {scored:g} points above uniform scaling (interval above 0) and above random search: "
         f"passed at {sum(good)} of {len(good)}.", "",
     ]  # fmt: skip
+    if alone := result["alone"]:
+        header = ("heads × inner channels", "with the supernet's weights", "trained alone")
+        cells = [(label, f"{100 * shared:.1f}", f"{100 * own:.1f}") for label, shared, own in alone["subnets"]]
+        lines += [
+            f"Phones of validation speakers, seed 0, of {len(cells)} subnets, also distilled alone from the teacher's "
+            f"weights for as many updates: Kendall's τ {alone['tau']:.2f} (bar: {TAU:g}).", "",
+            *markdown_table(header, cells), "",
+        ]  # fmt: skip
     file.write_text("\n".join(lines), encoding="utf-8")
     print(file.read_text(encoding="utf-8"))
 

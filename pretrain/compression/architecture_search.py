@@ -72,6 +72,17 @@ class Scores:
         """Returns the scores in the file."""
         return {tuple((h, f) for h, f in row["widths"]): float(row["score"]) for row in read_rows(self.file)}
 
+    def score(self, subnet: Subnet) -> float:
+        """Returns a subnet's score, computed and kept unless it is in the file."""
+        known = self.known()
+        return known[subnet] if subnet in known else self.keep(subnet)
+
+    def keep(self, subnet: Subnet) -> float:
+        """Computes a subnet's score and adds it to the file."""
+        score = self.compute(subnet)
+        append_row(self.file, {"widths": [list(pair) for pair in subnet], "score": score})
+        return score
+
 
 def search_subnets(
     space: Space,
@@ -126,8 +137,7 @@ def search_subnets(
             study.tell(trial, (0.0, price.rtf))
             continue
         if subnet not in known:
-            known[subnet] = scores.compute(subnet)
-            append_row(scores.file, {"widths": [list(pair) for pair in subnet], "score": known[subnet]})
+            known[subnet] = scores.keep(subnet)
             say(f"{len(found) + 1} of {trials}: {known[subnet]:.2%}, RTF {price.rtf:.5f}  {subnet_label(subnet)}")
         found.append(ScoredSubnet(subnet, known[subnet], price))
         study.tell(trial, (known[subnet], price.rtf))

@@ -36,7 +36,7 @@ SHORTER: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
     ("targets *features=mfcc", ("classes=20",), {}),
     ("targets *", (), {"classes=100": "classes=20"}),
     ("evaluate *", ("corpora=made", "seeds=1", "bootstrap=100", "supervised.epochs=0", "neural.epochs=0"), {}),
-    ("search-architecture *", ("--trials", "3", "--population", "2", "--finalists", "1"), {"0.004": "1"}),
+    ("search-architecture *", ("--trials", "3", "--population", "2", "--finalists", "1"), {"0.004": "1", "1000": "4"}),
     ("bench --table *supernet_tiny*", TIMED, {"40": "16"}),
     ("bench *", ("--runs", "2", "--seconds", "2"), {}),
 )
