@@ -9,8 +9,8 @@ are alike, from this machine's table, within 3 %: the best subnet on validation 
 draws and of uniform scaling; beside them the deepest truncation of the supernet that is not slower. All share the
 supernet's weights and are compared on test speakers, paired. With the first seed, eight subnets are distilled alone,
 too, and Kendall's τ says whether the supernet ranks them as they are. The page is written after each seed, and the same
-command continues. Writes benchmarks/results/search.json and .md. Exit code 1 unless at each latency the search is 0.5 points
-above uniform scaling (interval above 0) and above random search.
+command continues. Writes benchmarks/results/search.json and .md. Exit code 1 unless at each latency the search is 0.5
+points above uniform scaling (interval above 0) and above random search.
 """
 
 from __future__ import annotations
