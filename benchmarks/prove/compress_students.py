@@ -50,7 +50,7 @@ class Updates:
     @classmethod
     def scaled(cls, units: int) -> Updates:
         """Returns lengths of all trainings from that of the student of units, whose updates are the cheapest."""
-        return cls(distilled=max(1, units // 6), pruning=max(1, units // 8), pruned=max(1, units // 16), units=units)
+        return cls(distilled=max(1, units // 6), pruning=max(1, units // 4), pruned=max(1, units // 8), units=units)
 
 
 def train(name: str, updates: int, runs: Path, shards: Path, *overrides: str, seed: int = 0) -> Path:
