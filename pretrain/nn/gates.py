@@ -1,9 +1,11 @@
 """Hard-concrete gates on heads and channels, for structured pruning (Louizos et al., arXiv 1712.01312).
 
 The expected share of removed weights is held at a target by two multipliers (augmented Lagrangian; Wang et al., arXiv
-1910.04732, §3.3; DPHuBERT, arXiv 2305.17651, eq. 5). Gates and multipliers learn about 100 times faster than weights:
-both are stored divided by 100, so that the one Adam of the model moves them fast enough, and the multipliers' gradient
-is reversed, so that it climbs.
+1910.04732, §3.3; DPHuBERT, arXiv 2305.17651, eq. 5). Gates and the quadratic multiplier learn about 100 times faster
+than weights: they are stored divided by 100, so that the one Adam of the model moves them fast enough; the gradient of
+multipliers is reversed, so that they climb. The papers begin with multipliers of 0. Both then grow while the gates are
+still open, and the share overshoots its target until they have shrunk again, which a short run or a falling learning
+rate does not allow. So the quadratic one begins large and holds the share, and the linear one follows ten times slower.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pretrain.nn.block_stack import BlockStack
 
 FASTER = 100.0
 """Ratio of the learning rate of gates and multipliers to that of weights."""
+LINEAR_FASTER, QUADRATIC = 10.0, 50.0
+"""The same ratio of the linear multiplier, and the quadratic one at first."""
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """β, γ and ζ of the paper: temperature, and the interval that is clipped to [0, 1]."""
 _MARGIN = 1e-6
@@ -68,7 +72,7 @@ class HardConcreteGates(nn.Module):
                 self.sizes.append(size)
         start = math.log(1 - drop_rate) - math.log(drop_rate)
         self.theta_N = nn.Parameter(torch.full((sum(self.sizes),), start / FASTER))
-        self.multipliers_2 = nn.Parameter(torch.zeros(2))
+        self.multipliers_2 = nn.Parameter(torch.tensor([0.0, QUADRATIC / FASTER]))
 
     def forward(self, target: float) -> Gated:
         """Draws the gates in training mode; returns the closed and soft ones of `closed` otherwise.
@@ -76,7 +80,8 @@ class HardConcreteGates(nn.Module):
         Args:
             target: expected share of the weights to remove at this update.
         """
-        log_alpha_N, (first, second) = FASTER * self.theta_N, FASTER * _reversed(self.multipliers_2)
+        log_alpha_N, multipliers_2 = FASTER * self.theta_N, _reversed(self.multipliers_2)
+        first, second = LINEAR_FASTER * multipliers_2[0], FASTER * multipliers_2[1]
         sparsity = self.share_removed(open_probability(log_alpha_N))
         off = sparsity - target
         if self.training:

@@ -93,17 +93,17 @@ def test_gates_penalty_and_gradients_equal_their_twin_in_numpy(encoder: str, par
     between, total = 32 * 32 * 3, alone.sum() + 32 * 32 * 3
     sparsity = 1 - ((probability * alone).sum() + between * first.mean() * second.mean()) / total
     off = sparsity - 0.6
-    penalty = 1.0 * off + 3.0 * off**2
+    penalty = 0.1 * off + 3.0 * off**2
     errors = [abs(float(found.sparsity) - sparsity), abs(float(found.penalty) - penalty)]
     parity("expected sparsity and its penalty = NumPy in double precision", 1e-6, max(errors))
     alone = alone.astype(float)
     alone[:32] += between / 32 * second.mean()
     alone[32:64] += between / 32 * first.mean()
-    slope = -probability * (1 - probability) * alone / total * (1.0 + 6.0 * off) * 100
+    slope = -probability * (1 - probability) * alone / total * (0.1 + 6.0 * off) * 100
     assert gates.theta_N.grad is not None
     assert gates.multipliers_2.grad is not None
     np.testing.assert_allclose(gates.theta_N.grad.numpy(), slope, atol=1e-7)
-    np.testing.assert_allclose(gates.multipliers_2.grad.numpy(), [-100 * off, -100 * off**2], atol=1e-6)
+    np.testing.assert_allclose(gates.multipliers_2.grad.numpy(), [-10 * off, -100 * off**2], atol=1e-6)
 
 
 def test_gates_close_as_many_as_expected_and_are_open_at_first() -> None:
@@ -147,22 +147,25 @@ def test_a_pruned_model_is_cut_to_what_its_gates_left() -> None:
         cut_pruned(LoadedCheckpoint(module, config, 3))
 
 
-@pytest.mark.parametrize(("frontend", "steps"), [(False, 200), (True, 350)])
-def test_pruning_reaches_the_sparsity_that_was_asked(frontend: bool, steps: int) -> None:
+@pytest.mark.parametrize("frontend", [False, True])
+def test_pruning_reaches_the_sparsity_that_was_asked_and_stays_there(frontend: bool) -> None:
     module = module_of(sparsity=0.5, sparsity_steps=20, mask_prob=0.0, prune_frontend=frontend)
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 1e-3)
     data = batch((0.6,))
-    for step in range(steps):
+    shares = []
+    for step in range(150):
         torch.manual_seed(step)
         plan = module.prepare(data, StepContext(3, step))
         loss, metrics = module(data, plan, plan.counts_K, StepContext(3, step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        shares.append(float(metrics["metric/sparsity"][0] / metrics["metric/sparsity"][1]))
     pruning = module.objective.pruning()
     assert pruning is not None
-    assert pruning.found == pytest.approx(0.5, abs=0.05)  # one of two heads is 4 % of a block's weights
-    assert float(metrics["metric/sparsity"][0] / metrics["metric/sparsity"][1]) == pytest.approx(0.5, abs=0.03)
+    assert pruning.found == pytest.approx(0.5, abs=0.03)
+    assert shares[-1] == pytest.approx(0.5, abs=0.01)
+    assert max(shares) < 0.6, "more is never removed on the way, which training would have to undo"
 
 
 def test_the_front_end_keeps_its_channels_where_it_is_asked_to() -> None:
