@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "wav2vec2 large": ("wav2vec2", LAYER, {"norm": "pre"}),
     "hubert": ("hubert", {}, {}),
     "wavlm": ("wavlm", {}, {"relative_bias": True}),
+    "cut front end": ("hubert", {"widths": [16, 32, 24, 20, 28, 32, 12], "channels": 512}, {}),
+    "cut front end, layer norms": ("wav2vec2", LAYER | {"widths": [16, 32, 24, 20, 28, 32, 12]}, {"norm": "pre"}),
     "data2vec": ("data2vec", {"norm": "layer", "normalize": True}, STACK),
 }
 
