@@ -52,13 +52,12 @@ from pretrain.checkpointing.initial import write_initial  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
-from pretrain.evaluate.metrics import Interval95, Tally, accuracy, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Interval95, Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.profiling.graph_timing import measure_graphs  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
-MEASURE = "non-silence frames"
 KEPT, FASTER, GOAL = 0.95, 3.0, 4.0
 EQUAL = 0.03
 """Share by which latencies that count as equal may differ."""
@@ -108,7 +107,7 @@ class Found:
 
 def tallies(task: TaskEvaluation, encoder: FrozenEncoder) -> list[Tally]:
     """Returns hits and trials by speaker."""
-    return task.scores(lambda seed: encoder, same=True)[MEASURE]
+    return task.scores(lambda seed: encoder, same=True)[NON_SILENCE]
 
 
 def finished(given: Namespace, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -45,6 +45,7 @@ from pretrain.engines.base import (  # noqa: E402
 from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.engines.signals import RankSignals  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
@@ -208,7 +209,7 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     folder.mkdir(parents=True)
     if case.evaluations:
         lines = [
-            {"step": step, "name": "phones/non_silence_frames", "measure": "non-silence frames", "value": value}
+            {"step": step, "name": "phones/non_silence_frames", "measure": NON_SILENCE, "value": value}
             for step, value in enumerate(case.evaluations)
         ]
         (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -49,6 +49,7 @@ from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE  # noqa: E402
 from pretrain.evaluate.rows import ResultRow  # noqa: E402
 from pretrain.federated.config import DeviceConfig  # noqa: E402
 from pretrain.federated.device import Device  # noqa: E402
@@ -58,7 +59,6 @@ from pretrain.train import train  # noqa: E402
 from pretrain.train_module import build_model, open_run_reader  # noqa: E402
 from tests.support.federation import InProcessDevices  # noqa: E402
 
-MEASURE = "non-silence frames"
 CENTRAL, ALL, SOME = "central", "all answer", "30 % never answer"
 PER_ROUND, ABSENT = 8, 0.3
 KEPT_ALL, KEPT_SOME = 0.95, 0.90
@@ -141,7 +141,7 @@ def gain(config: Config, devices: InProcessDevices | None, given: Namespace) -> 
         supervised=SupervisedConfig(epochs=0),
         neural=NeuralConfig(epochs=0),
     )
-    rows: list[ResultRow] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
+    rows: list[ResultRow] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == NON_SILENCE]
     assert rows[-1].over_random is not None
     over_random = rows[-1].over_random[0]
     print(f"{config.name}: {100 * rows[-1].value:.1f} %, {100 * over_random:+.1f} over random weights")

@@ -29,14 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
-from benchmarks.prove.quality import MEASURE  # noqa: E402
 from data_pipeline.core.rng import keyed_seed  # noqa: E402
 from data_pipeline.corpora.tables import read_table  # noqa: E402
 from pretrain.checkpointing.locate import steps_done  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.evaluator import few_threads  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
-from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 
@@ -139,7 +138,7 @@ class Judge:
     def tallies(self, make: Callable[[int], FrozenEncoder], same: bool) -> list[Tally]:
         """Returns hits and trials by speaker of each seed."""
         found = self.task.scores(make, same)
-        return found[MEASURE] if MEASURE in found else next(iter(found.values()))
+        return found[NON_SILENCE] if NON_SILENCE in found else next(iter(found.values()))
 
     def row(self, encoder: FrozenEncoder) -> dict[str, Any]:
         """Returns an encoder's accuracy and its differences to both baselines, with intervals over speakers."""
@@ -184,8 +183,8 @@ def write(result: dict[str, Any], out: Path) -> None:
         f"`{result['command']}`: {result['machine']}, {result['when']}. {result['experiment']}, {result['seeds']} "
         "seeds of random weights, one pretraining for each row.",
         "", *markdown_table(header, cells), "",
-        f"Phones: {MEASURE} of speechocean762, unseen speakers; labels by the alignment of the folder of speech, which",
-        "may be automatic. Intervals: paired bootstrap over test speakers.",
+        f"Phones: {NON_SILENCE} of speechocean762, unseen speakers; labels by the alignment of the folder of speech,",
+        "which may be automatic. Intervals: paired bootstrap over test speakers.",
         f"The gate, for the first two lines: {100 * OVER_RANDOM:+g} points over random weights, and for phones "
         f"{100 * OVER_LOG_MEL:+g} over log-mel",
         "with context. Words are judged over random weights only.", "",

@@ -39,12 +39,12 @@ from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
 from pretrain.evaluate.rows import ResultRow, plain  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 
-MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.08, 0.08
 TIMED_STEPS = 40
 CHECKPOINTS = 4
@@ -103,7 +103,7 @@ def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, fl
         accuracy = last
         if folder != folders[-1]:
             one = settings(folder, manifest, seeds=1, baselines=False, bootstrap=100)
-            accuracy = pick(evaluate(one, say=lambda line: None), MEASURE)[-1].value
+            accuracy = pick(evaluate(one, say=lambda line: None), NON_SILENCE)[-1].value
         points.append((seconds / 3600, seconds * per_second, accuracy))
     return points
 
@@ -144,13 +144,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 label=name,
             )  # fmt: skip
             for row in one["rows"]:
-                if row["measure"] == MEASURE and row["who"].startswith("random"):
+                if row["measure"] == NON_SILENCE and row["who"].startswith("random"):
                     axis.axhline(100 * row["value"], color=colour, linestyle=":", label=row["who"])
-                if row["measure"] == MEASURE and row["who"].startswith("supervised"):
+                if row["measure"] == NON_SILENCE and row["who"].startswith("supervised"):
                     axis.axhline(100 * row["value"], color=colour, linestyle="--", label=row["who"])
-                if row["measure"] == MEASURE and row["who"].startswith("log-mel") and not number:
+                if row["measure"] == NON_SILENCE and row["who"].startswith("log-mel") and not number:
                     axis.axhline(100 * row["value"], color="black", linestyle="-.", label=row["who"])
-        axis.set(xlabel=label, ylabel=f"phones, {MEASURE}, %" if not column else "")
+        axis.set(xlabel=label, ylabel=f"phones, {NON_SILENCE}, %" if not column else "")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -230,15 +230,15 @@ def measured(run: Path, manifest: Path, given: Namespace, begun: float) -> dict[
         "supervised_epochs": given.supervised_epochs,
         "supervised_seeds": given.seeds,
         "rows": plain(rows),
-        "curve": curve(run, manifest, pick(rows, MEASURE)[-1].value),
+        "curve": curve(run, manifest, pick(rows, NON_SILENCE)[-1].value),
         "alarms": alarms(run),
         "minutes": round((time.monotonic() - begun) / 60),
     }
 
 
 def final(entry: dict[str, Any]) -> ResultRow:
-    """Returns the row of the pretrained run on MEASURE from an entry of quality.json."""
-    return pick([ResultRow(**row) for row in entry["rows"]], MEASURE)[-1]
+    """Returns the row of the pretrained run on NON_SILENCE from an entry of quality.json."""
+    return pick([ResultRow(**row) for row in entry["rows"]], NON_SILENCE)[-1]
 
 
 def write_page(found: dict[str, Any], out: Path) -> None:
@@ -256,7 +256,7 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     text = [
         "# Quality: phones from frozen features, unseen speakers", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
-        f"Intervals: bootstrap over test speakers. Gate, on {MEASURE}: {100 * OVER_RANDOM:+g} points over random",
+        f"Intervals: bootstrap over test speakers. Gate, on {NON_SILENCE}: {100 * OVER_RANDOM:+g} points over random",
         f"weights and {100 * OVER_LOG_MEL:+g} over log-mel. Seeds are those of random weights; a run is trained once,",
         "and a converged probe draws nothing. Random weights and supervision from scratch do not depend on",
         "the objective: quality_hubert, quality_best_rq and quality_wav2vec2 share both.",

@@ -41,7 +41,7 @@ from pretrain.evaluate.asr import by_speaker  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_audio, read_manifest, span_columns  # noqa: E402
-from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.rows import ResultRow, plain  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
@@ -198,7 +198,7 @@ def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[ResultRow]:
         checkpoint=checkpoint, task="phones", manifest=str(manifest), seeds=1, baselines=False,
         max_utterances=PROBED,
     )  # fmt: skip
-    return [row for row in evaluate(settings) if row.measure == "non-silence frames"]
+    return [row for row in evaluate(settings) if row.measure == NON_SILENCE]
 
 
 def report(

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
-from benchmarks.prove.compress import EQUAL, MEASURE, tallies  # noqa: E402
+from benchmarks.prove.compress import EQUAL, tallies  # noqa: E402
 from benchmarks.prove.compress_students import cut, train, widths_of  # noqa: E402
 from data_pipeline.core import jsonl  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
@@ -42,7 +42,7 @@ from pretrain.compression.architecture_search import Budget, Scores, SubnetCost,
 from pretrain.compression.latency import LatencyModel, measured_subnets, megabytes  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.frozen_encoders import last_layer, log_mel_with_context, open_encoder  # noqa: E402
-from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.interfaces.subnets import Space, Subnet  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
@@ -259,7 +259,7 @@ def report(seeds: Sequence[dict[str, Any]], begun: float, given: Namespace) -> b
         "seeds": len(seeds),
         "latency_error": seeds[0]["latency_error"],
         "noisy": seeds[0]["noisy"],
-        "measure": MEASURE,
+        "measure": NON_SILENCE,
         "log_mel": seeds[0]["log_mel"],
         "supernet": sum(seed["supernet"] for seed in seeds) / len(seeds),
         "subnets": seeds[0]["subnets"],

@@ -34,7 +34,7 @@ from pretrain.evaluate.evaluator import few_threads  # noqa: E402
 from pretrain.evaluate.features import Labelled, phone_frames  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.manifest import Interval, Utterance  # noqa: E402
-from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
 from pretrain.evaluate.task_inputs import TaskInputs  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
@@ -111,7 +111,7 @@ def measured(task: TaskInputs, encoder: FrozenEncoder) -> dict[str, list[Tally]]
     found: dict[str, list[Tally]] = {}
     for name, (change, speed, timing) in conditions.items():
         test = features(task, encoder, 2, change, speed, timing)
-        counted_N = task.counted(test)["non-silence frames"]
+        counted_N = task.counted(test)[NON_SILENCE]
         hits_N = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
         found[name] = [test.tally(hits_N, counted_N)]
         print(f"{encoder.name}, {name}: {bootstrap(found[name], 100).value:.1%}", flush=True)

@@ -37,7 +37,7 @@ from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
 from pretrain.evaluate.features import Labelled, phone_frames  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.manifest import Interval, Utterance  # noqa: E402
-from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.metrics import NON_SILENCE, Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
 from pretrain.evaluate.task_inputs import TaskInputs  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
@@ -47,7 +47,6 @@ from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
 SPEEDS = (1.0, 0.8, 1.2)
-MEASURE = "non-silence frames"
 BATCH_SECONDS = 28.0
 TIMED_STEPS = 30
 COMMON = (
@@ -145,7 +144,7 @@ class Speeds:
         for speed in SPEEDS:
             test = self.features(encoder, self.task.parts[2], speed)
             hits_N = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
-            tallies[speed] = [test.tally(hits_N, self.task.counted(test)[MEASURE])]
+            tallies[speed] = [test.tally(hits_N, self.task.counted(test)[NON_SILENCE])]
         found = Found(who, tallies)
         print(f"{who}: " + ", ".join(f"{found.accuracy(speed):.1%} at {speed:g}×" for speed in SPEEDS), flush=True)
         return found

@@ -25,6 +25,7 @@ from pretrain.compression.attention_fusion import fuse_attention
 from pretrain.compression.quantization import Lost, Mode
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.graph_encoder import open_graph_encoder
+from pretrain.evaluate.metrics import NON_SILENCE
 from pretrain.interop.graph_export import export_graph, open_graph
 
 SECONDS = 120.0
@@ -110,7 +111,7 @@ def probe_loss(encoders: Sequence[FrozenEncoder], manifest: str) -> float:
     from pretrain.evaluate.evaluator import evaluate
 
     config = EvaluateConfig(checkpoint="fp32,int8", manifest=manifest, seeds=1, baselines=False, ask="valid")
-    rows = [row for row in evaluate(config, lambda line: None, encoders) if row.measure == "non-silence frames"]
+    rows = [row for row in evaluate(config, lambda line: None, encoders) if row.measure == NON_SILENCE]
     points = rows[0].value - rows[1].value
     if not points <= POINTS_LOST:
         raise ConfigError(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NON_SILENCE = "non-silence frames"
+"""Name of the measure of frame tasks that leaves out frames of silence."""
 Tally = Mapping[str, tuple[float, float]]
 """speaker -> (hits, trials)."""
 

@@ -13,6 +13,7 @@ from pretrain.evaluate.config import MEASURES, EvaluateConfig, items, layer_numb
 from pretrain.evaluate.features import POOLS, Labelled, Waves, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed
 from pretrain.evaluate.manifest import SPLITS, Interval, Utterance, reasons
+from pretrain.evaluate.metrics import NON_SILENCE
 from pretrain.evaluate.task_data import (
     chosen_corpora,
     data_of,
@@ -194,7 +195,7 @@ class TaskInputs:
         everything = np.ones(len(test.y_N))
         if self.kind != "frames":
             return {"accuracy": everything}
-        return {"non-silence frames": 1.0 - np.isin(test.y_N.numpy(), self.silent), "all frames": everything}
+        return {NON_SILENCE: 1.0 - np.isin(test.y_N.numpy(), self.silent), "all frames": everything}
 
     @property
     def silent(self) -> list[int]:
