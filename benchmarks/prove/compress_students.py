@@ -17,7 +17,7 @@ NARROW = [2, 512]
 SIZES = {"frontend": ("widths",), "encoder": ("layers", "widths", "final_norm")}
 """Fields in which a cut run differs."""
 SPARSITY = 0.5
-"""Share of heads and inner channels that the pruned student loses."""
+"""Share of the weights of heads and channels that the pruned student loses."""
 
 
 @dataclass(frozen=True)

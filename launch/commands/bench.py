@@ -20,8 +20,8 @@ def run(arguments: list[str]) -> int:
     parser = Parser("auricle bench", description="speed, memory and size of exported graphs, measured in turn")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of auricle export; the first is the baseline")
     parser.add_argument("--table", metavar="RUN", help="instead: latency of single blocks of a run's encoder, as JSON")
-    parser.add_argument("--heads", type=_widths, help="table: numbers of heads, with commas")
-    parser.add_argument("--ffn", type=_widths, help="table: numbers of inner channels, with commas")
+    parser.add_argument("--heads", type=numbers, help="table: numbers of heads, with commas")
+    parser.add_argument("--ffn", type=numbers, help="table: numbers of inner channels, with commas")
     parser.add_argument(
         "--subnets",
         type=int,
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
     return ExitCode.DONE
 
 
-def _widths(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """Reads whole numbers with commas."""
     return [int(part) for part in text.split(",")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from launch.cli.parser import Parser
@@ -11,7 +12,11 @@ COLUMNS = ("run", "heads × inner channels of each block", "score", "distilled o
 
 
 def run(arguments: list[str]) -> int:
-    """Searches, and prints the finalists; returns 0. Raises ConfigError for a run that cannot be searched."""
+    """Searches, and prints the finalists; returns 0, or the code of a failed training.
+
+    Raises:
+        ConfigError: the run cannot be searched.
+    """
     parser = Parser(
         "auricle search-architecture",
         description="searches the subnets of a supernet (objective.elastic) for the best scores at low latency by "
@@ -48,7 +53,7 @@ def run(arguments: list[str]) -> int:
             parser.error(f"--{name} {vars(given)[name]}: must be above 0")
 
     from launch.cli.tables import show, table
-    from launch.workflows.searching_architecture import SearchOptions, search_architecture
+    from launch.workflows.searching_architecture import FailedTrainingError, SearchOptions, search_architecture
     from pretrain.compression.architecture_search import Budget, subnet_label
 
     options = SearchOptions(
@@ -64,7 +69,11 @@ def run(arguments: list[str]) -> int:
         updates=given.updates,
         processes=given.processes,
     )
-    result = search_architecture(given.run, given.out, options)
+    try:
+        result = search_architecture(given.run, given.out, options)
+    except FailedTrainingError as failed:
+        print(f"auricle search-architecture: {failed}", file=sys.stderr)
+        return failed.code
     rows = [
         [
             final.run.name, subnet_label(final.candidate.subnet), f"{final.candidate.score:.1%}",

@@ -26,6 +26,7 @@ from pretrain.interop import (
 )
 from pretrain.recognition.recogniser import recognising_head
 
+STREAMS = ("onnx_stream", "edge", "wenet")
 WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge", "wenet")
 """Formats that hold a head too, or nothing else."""
 ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge", "wenet")
@@ -57,6 +58,10 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.head and self.to not in WITH_HEAD:
             raise ConfigError(f"--head {self.head}: needs --to {', '.join(WITH_HEAD)}; --to {self.to} has no head")
+        if (self.chunk is not None or self.left is not None) and self.to not in STREAMS:
+            raise ConfigError(f"--chunk, --left: belong to --to {', '.join(STREAMS)}; --to {self.to} is not a stream")
+        if self.layer != -1 and self.to not in ("torchscript", "onnx"):
+            raise ConfigError(f"--layer {self.layer}: belongs to --to torchscript or onnx, not --to {self.to}")
         if self.int8 is None:
             return
         if self.to not in ("onnx", "edge"):

@@ -30,6 +30,8 @@ from pretrain.interop.graph_export import export_graph, open_graph
 
 SECONDS = 120.0
 """Audio that is read for calibration, and as much again for the comparison."""
+MOST_SECONDS = 20.0
+"""Audio that is read of one segment."""
 POINTS_LOST = 0.01
 """Largest loss of the accuracy of a probe, and largest rise of a word error rate."""
 
@@ -80,7 +82,7 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
         opened = [open_graph(file, threads=1) for file in files]
         lost = quantization.lost(opened[0], opened[1], compared)
         quantization.require_accurate(
-            lost, lambda: quantization.worst_block(files[0], graph, nodes, options.mode, waves[:8])
+            lost, lambda: quantization.worst_block(files[0], graph, nodes, options.mode, waves[:8], reduce_range)
         )
         shutil.copy(exact / "features.json", small)
         points = None
@@ -122,7 +124,7 @@ def probe_loss(encoders: Sequence[FrozenEncoder], manifest: str) -> float:
 
 
 def read_waves(shards: str, seconds: float) -> list[Tensor]:
-    """Returns the first segments of a shard folder, (T,) each, of about `seconds` in all.
+    """Returns the first segments of a shard folder, (T,) each, of about `seconds` in all; of long ones the beginning.
 
     Raises:
         ConfigError: the folder has no shards, or fewer than two segments.
@@ -136,8 +138,8 @@ def read_waves(shards: str, seconds: float) -> list[Tensor]:
     total = 0
     for record in records:
         for _, wave in shard_features(record, _samples):
-            found.append(torch.from_numpy(np.asarray(wave)))
-            total += len(wave)
+            found.append(torch.from_numpy(np.asarray(wave))[: int(MOST_SECONDS * SAMPLE_RATE)])
+            total += len(found[-1])
             if total >= seconds * SAMPLE_RATE:
                 return found
     if len(found) < 2:

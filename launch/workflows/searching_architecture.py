@@ -70,6 +70,14 @@ class Finalist:
     distilled: tuple[Path, float] | None = None
 
 
+class FailedTrainingError(Exception):
+    """A training of a finalist did not finish.  code: its exit code."""
+
+    def __init__(self, folder: Path, code: int) -> None:
+        super().__init__(f"{folder}: the training ended with exit code {code}; the same command continues it")
+        self.code = code
+
+
 @dataclass(frozen=True)
 class FoundArchitectures:
     """Result of a search.  scored: number of subnets.  error: of the predicted latency on left-out subnets."""
@@ -107,7 +115,8 @@ def search_architecture(run: str, out: Path, options: SearchOptions) -> FoundArc
 
     Raises:
         ConfigError: the run is no supernet, the table does not fit it or predicts badly, no subnet is within the
-            limits, `out` holds another search, or a training failed.
+            limits, or `out` holds another search.
+        FailedTrainingError: the training of a finalist did not finish.
     """
     checkpoint, found, space = open_supernet(run)
     table = read_latency_table(options.table)
@@ -190,7 +199,7 @@ def _distilled(final: Finalist, supernet: Path, options: SearchOptions, task: Ta
     job = distillation_job(final.run, supernet, options.updates, options.processes)
     folder = final.run.parent / job.name
     if steps_done(folder) < options.updates and (code := pretraining.start(job)):
-        raise ConfigError(f"{folder}: the training ended with exit code {code}; the same command continues it")
+        raise FailedTrainingError(folder, code)
     model = load_checkpoint(find_checkpoint(str(folder))).module.model
     return dataclasses.replace(final, distilled=(folder, _score(task, last_layer(freeze(model, job.name)))))
 

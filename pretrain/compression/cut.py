@@ -42,8 +42,9 @@ def cut_blocks(found: LoadedCheckpoint, blocks: int) -> CutModel:
     """Keeps the first `blocks` blocks; the last layer then equals that layer of the whole model.
 
     Raises:
-        ConfigError: the model has fewer blocks, or a U-shape, whose halves cannot be cut apart.
+        ConfigError: the model has fewer blocks, or a U-shape, whose halves cannot be cut apart; or gates of pruning.
     """
+    _require_no_gates(found, f"--blocks {blocks}")
     stack = _stack(found)
     if not 1 <= blocks <= stack.layers:
         raise ConfigError(f"--blocks {blocks}: this model has 1 to {stack.layers} blocks to keep")
@@ -66,8 +67,9 @@ def cut_widths(found: LoadedCheckpoint, widths: Sequence[Sequence[int]]) -> CutM
         widths: heads and inner channels of each block.
 
     Raises:
-        ConfigError: another number of blocks, or a width above the block's.
+        ConfigError: another number of blocks, or a width above the block's; or gates of pruning.
     """
+    _require_no_gates(found, "--widths")
     stack = _stack(found)
     if len(widths) != stack.layers:
         raise ConfigError(f"--widths: {len(widths)} pairs, and this model has {stack.layers} blocks; give one for each")
@@ -119,6 +121,15 @@ def cut_pruned(found: LoadedCheckpoint) -> CutModel:
         )
     require_closed(pruning)
     return cut_gates(found, pruning.gates)
+
+
+def _require_no_gates(found: LoadedCheckpoint, option: str) -> None:
+    """Raises ConfigError where structured pruning has learned what to remove, which the option would ignore."""
+    if found.module.objective.pruning() is not None:
+        raise ConfigError(
+            f"{option}: this run has gates of structured pruning; cut it without --blocks and --widths first, then cut "
+            "the result"
+        )
 
 
 def require_closed(pruning: Pruning) -> None:

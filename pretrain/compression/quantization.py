@@ -180,7 +180,9 @@ def require_accurate(found: Lost, worst: Callable[[], str]) -> None:
         )
 
 
-def worst_block(source: Path, graph: Any, nodes: Sequence[str], mode: Mode, waves: Sequence[Tensor]) -> str:
+def worst_block(
+    source: Path, graph: Any, nodes: Sequence[str], mode: Mode, waves: Sequence[Tensor], reduce_range: bool
+) -> str:
     """Returns the part of the model that loses most frames where it alone is quantised.
 
     Args:
@@ -200,7 +202,7 @@ def worst_block(source: Path, graph: Any, nodes: Sequence[str], mode: Mode, wave
     with tempfile.TemporaryDirectory() as folder:
         for part, names in parts.items():
             file = Path(folder) / "part.onnx"
-            quantize(source, file, names, mode, waves, reduce_range=not has_vnni())
+            quantize(source, file, names, mode, waves, reduce_range)
             scores[part] = lost(exact, open_graph(file, threads=1), waves)
     part = max(scores, key=lambda name: scores[name].units)
     return f"{part} ({100 * scores[part].units:.1f} % alone)"

@@ -165,7 +165,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         obstacles.append("encoder.final_norm=false")
     if isinstance(encoder, StackConfig) and encoder.attention != "full":
         obstacles.append(f"encoder.attention={encoder.attention}")
-    if isinstance(encoder, StackConfig) and any(pair != (encoder.heads, encoder.ffn_dim) for pair in encoder.widths):
+    if isinstance(encoder, StackConfig) and set(encoder.widths) - {(encoder.heads, encoder.block_widths[0].ffn_dim)}:
         obstacles.append(f"encoder.widths={[list(pair) for pair in encoder.widths]}")
     if obstacles or not isinstance(frontend, waveform_conv.Config) or not isinstance(encoder, transformer.Config):
         small = SMALL_RECIPES.get(config.objective.name)
@@ -189,7 +189,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         "hidden_size": encoder.dim,
         "num_hidden_layers": encoder.layers,
         "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.ffn_dim,
+        "intermediate_size": encoder.block_widths[0].ffn_dim,
         "hidden_act": "gelu",
         "hidden_dropout": encoder.dropout,
         "attention_dropout": encoder.attention_dropout,

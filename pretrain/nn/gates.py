@@ -47,10 +47,11 @@ class _Weights(NamedTuple):
 
 
 class HardConcreteGates(nn.Module):
-    """One gate per head, per inner channel of each feed-forward part, and per channel between a front end's layers.
+    """One gate per head, per inner channel of a block, and per channel between a front end's layers.
 
-    All gates are one parameter, used in `forward` only (ZeRO-3). Its parts: each of the front end's channel groups,
-    then, block by block, the heads and the channels of each feed-forward part.
+    The feed-forward parts of a block share gates, since `encoder.widths` gives them the same number of channels. All
+    gates are one parameter, used in `forward` only (ZeRO-3). Its parts: each of the front end's channel groups, then,
+    block by block, the heads and the channels.
 
     Args:
         frontend: the front end whose channels are pruned; None: it has no gates. Not kept.
@@ -66,8 +67,7 @@ class HardConcreteGates(nn.Module):
         self.weights = [] if frontend is None else _weights_of(frontend, groups)
         for width in encoder.stack_config.block_widths:
             per_head, per_channel = width.head_dim * (4 * encoder.dim + 3), 2 * encoder.dim + 1
-            counts = [(width.heads, per_head), *[(width.ffn_dim, per_channel)] * self.n_feed_forwards]
-            for size, per_gate in counts:
+            for size, per_gate in ((width.heads, per_head), (width.ffn_dim, per_channel * self.n_feed_forwards)):
                 self.weights.append(_Weights(size * per_gate, (len(self.sizes),)))
                 self.sizes.append(size)
         start = math.log(1 - drop_rate) - math.log(drop_rate)
@@ -93,14 +93,14 @@ class HardConcreteGates(nn.Module):
 
     @torch.no_grad()
     def closed(self, log_alpha_N: Tensor) -> Tensor:
-        """Returns the gates after training, (N,): of each part, as many are 0 as are expected to be closed.
+        """Returns the gates after training, (N,): of each part, as many are 0 as are expected to be closed, not all.
 
         Those with the smallest probability of being open are closed (as in CoFi, arXiv 2204.00408); others stay soft.
         """
         soft_N, closed_N = stretched(log_alpha_N.sigmoid()), (1 - open_probability(log_alpha_N))
         found = []
         for part_K, closed_K in zip(*(torch.split(x_N, self.sizes) for x_N in (soft_N, closed_N)), strict=True):
-            n_closed = round(float(closed_K.sum()))
+            n_closed = min(round(float(closed_K.sum())), len(closed_K) - 1)
             lowest = closed_K.argsort(descending=True, stable=True)[:n_closed]
             found.append(part_K.index_fill(0, lowest, 0.0))
         return torch.cat(found)
@@ -116,11 +116,19 @@ class HardConcreteGates(nn.Module):
         kept = [weights.number * _product([means[part] for part in weights.parts]) for weights in self.weights]
         return 1 - torch.stack(kept).sum() / sum(weights.number for weights in self.weights)
 
+    def removed(self, gates_N: Tensor) -> float:
+        """Returns the share of the prunable weights that a cut removes: of each part one head or channel stays."""
+        open_N = (gates_N > 0).float()
+        for open_K in torch.split(open_N, self.sizes):
+            if not open_K.any():
+                open_K[0] = 1.0
+        return float(self.share_removed(open_N))
+
     def by_part(self, gates_N: Tensor) -> ModelGates:
         """Splits the gates into those of the front end and of each block."""
-        parts, step = torch.split(gates_N, self.sizes), 1 + self.n_feed_forwards
-        starts = range(self.n_groups, len(parts), step)
-        blocks = tuple(BlockGates(parts[at], tuple(parts[at + 1 : at + step])) for at in starts)
+        parts = torch.split(gates_N, self.sizes)
+        pairs = zip(parts[self.n_groups :: 2], parts[self.n_groups + 1 :: 2], strict=True)
+        blocks = tuple(BlockGates(heads_H, (channels_C,) * self.n_feed_forwards) for heads_H, channels_C in pairs)
         return ModelGates(tuple(parts[: self.n_groups]), blocks)
 
 

@@ -1,8 +1,8 @@
 """Distillation: predict layers of a frozen teacher (DPHuBERT, arXiv 2305.17651; DistilHuBERT, arXiv 2110.01900).
 
 The teacher's input is not masked. Each of its layers is predicted from the student's layer at the same share of the
-depth, by a linear layer that the teacher layers of a group share. With `sparsity`, heads and inner channels are pruned
-at the same time (pretrain/nn/gates.py). With `elastic`, the student is a supernet (OFA, arXiv 1908.09791; LightHuBERT,
+depth, by a linear layer that the teacher layers of a group share. With `sparsity`, heads and channels are pruned at
+the same time (pretrain/nn/gates.py). With `elastic`, the student is a supernet (OFA, arXiv 1908.09791; LightHuBERT,
 arXiv 2203.15610): of each update, micro-batch 0 trains its largest subnet, 1 the smallest, and others a drawn one (the
 sandwich rule of BigNAS, arXiv 2003.11142).
 """
@@ -123,6 +123,11 @@ class Distil(Objective):
 
     def attach(self, model: SpeechModel) -> None:
         if not self.config.teacher:
+            if self.config.teacher_dim not in (0, self.shape.dim):
+                raise ConfigError(
+                    f"objective.teacher_dim={self.config.teacher_dim}: without objective.teacher the run's own first "
+                    f"weights teach, which have encoder.dim={self.shape.dim}; leave it out"
+                )
             self.teacher = Teacher(model)
             self._require_layers(self.shape, "objective.teacher=")
         if self.config.sparsity and self.gates is None:
@@ -302,8 +307,7 @@ class Distil(Objective):
         if self.gates is None:
             return None
         gates_N = self.gates.closed(FASTER * self.gates.theta_N)
-        removed = float(self.gates.share_removed((gates_N > 0).float()))
-        return Pruning(self.gates.by_part(gates_N), self.config.sparsity, removed)
+        return Pruning(self.gates.by_part(gates_N), self.config.sparsity, self.gates.removed(gates_N))
 
     def space(self) -> Space | None:
         return self._space

@@ -84,6 +84,17 @@ def test_exported_features_equal_those_of_the_run(case: str, tmp_path: Path, par
         assert torch.equal((fresh if pretraining else fresh.model).state_dict()[name], weight), name
 
 
+def test_a_run_whose_blocks_are_all_narrower_is_exported_with_that_width(tmp_path: Path) -> None:
+    described = config("hubert", {}, {"widths": [[2, 40], [2, 40]]})
+    assert export(described, build_model(described), tmp_path / "out") < 1e-5
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert (model.config.intermediate_size, model.config.num_attention_heads) == (40, 2)
+    for widths in ([[2, 40], [2, 24]], [[1, 40], [1, 40]]):
+        described = config("hubert", {}, {"widths": widths})
+        with pytest.raises(ConfigError, match=r"encoder.widths=.*Hugging Face has no such model"):
+            export(described, build_model(described), tmp_path / "other")
+
+
 def test_the_codebook_sizes_are_exported(tmp_path: Path) -> None:
     """Groups, codes and dimensions differ from transformers' defaults, and no weight is re-initialised."""
     sizes = {"groups": 4, "n_codes": 12, "code_dim": 24, "projection_dim": 20, "negatives": 7}

@@ -123,7 +123,7 @@ def test_finalists_are_distilled_on_and_scored_again(
     assert main([*options, "3"]) == 0
     assert len(begun) == 2, "finished runs stay"
     monkeypatch.setattr(pretraining, "start", lambda job: 4)
-    assert main([*options, "5"]) == 2
+    assert main([*options, "5"]) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "the training ended with exit code 4; the same command continues it" in said
 

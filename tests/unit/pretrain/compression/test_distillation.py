@@ -15,7 +15,7 @@ from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
-from pretrain.compression.cut import cut_pruned
+from pretrain.compression.cut import cut_blocks, cut_gates, cut_pruned, cut_widths
 from pretrain.compression.distillation import load_teacher
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, ModelGates, StepContext
@@ -63,7 +63,7 @@ def gates_of(encoder: str = "transformer") -> HardConcreteGates:
 
 
 def parts_of(gates: ModelGates) -> list[Tensor]:
-    return [*gates.frontend, *(part for block in gates.blocks for part in (block.heads_H, *block.channels))]
+    return [*gates.frontend, *(part for block in gates.blocks for part in (block.heads_H, block.channels[0]))]
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "conformer"])
@@ -83,11 +83,12 @@ def test_gates_penalty_and_gradients_equal_their_twin_in_numpy(encoder: str, par
     log_alpha, sigmoid = 100 * theta, lambda x: 1 / (1 + np.exp(-x))
     s = sigmoid((np.log(u) - np.log(1 - u) + log_alpha) * 1.5)
     z = np.clip(s * 1.2 - 0.1, 0, 1)
+    assert all(part is block.channels[0] for block in found.gates.blocks for part in block.channels)
     given = np.concatenate([part.detach().numpy() for part in parts_of(found.gates)])
     parity("hard-concrete gates = NumPy in double precision", 1e-6, float(np.abs(given - z).max()))
     assert 0.05 < (z == 0).mean() < 0.95
     probability = sigmoid(log_alpha - 2 / 3 * np.log(0.1 / 1.1))
-    block = np.array([16 * (4 * 32 + 3)] * 2 + [65] * (64 * (2 if encoder == "conformer" else 1)))
+    block = np.array([16 * (4 * 32 + 3)] * 2 + [65 * (2 if encoder == "conformer" else 1)] * 64)
     first, second = probability[:32], probability[32:64]  # of 80 bands, two convolutions of 3 taps and a linear layer
     alone = np.concatenate([np.full(32, 80 * 3 + 1), np.full(32, 1 + 2 + 32), np.tile(block, 2)])
     between, total = 32 * 32 * 3, alone.sum() + 32 * 32 * 3
@@ -168,6 +169,34 @@ def test_pruning_reaches_the_sparsity_that_was_asked_and_stays_there(frontend: b
     assert max(shares) < 0.7, "much more is never removed on the way, which training would have to undo"
 
 
+@pytest.mark.parametrize("encoder", ["transformer", "conformer"])
+@pytest.mark.parametrize("closed", ["some", "whole parts"])
+def test_the_share_that_gates_remove_is_the_share_that_a_cut_removes(encoder: str, closed: str) -> None:
+    module = module_of(encoder, sparsity=0.5).eval()
+    objective = module.objective
+    assert isinstance(objective, Distil)
+    assert objective.gates is not None
+    with torch.no_grad():
+        theta_N = objective.gates.theta_N
+        theta_N.copy_(0.1 * torch.randn(len(theta_N), generator=torch.Generator().manual_seed(5)))
+        if closed == "whole parts":
+            for part_K in torch.split(theta_N, objective.gates.sizes)[1::2]:
+                part_K.fill_(-1.0)
+    pruning = objective.pruning()
+    assert pruning is not None
+    config = load(Config, {"data": {"shards": "none"}, "frontend": {"name": "log_mel"},
+        "encoder": small("encoders", encoder), "objective": {"name": "distil", "sparsity": 0.5}})  # fmt: skip
+    found = LoadedCheckpoint(module, config, 3)
+    cut = cut_gates(found, pruning.gates)
+    before, after = (sum(w.numel() for w in m.model.parameters()) for m in (module, cut.module))
+    prunable = sum(weights.number for weights in objective.gates.weights)
+    assert (before - after) / prunable == pytest.approx(pruning.found, abs=1e-6)
+    with pytest.raises(ConfigError, match="--blocks 1: this run has gates of structured pruning"):
+        cut_blocks(found, 1)
+    with pytest.raises(ConfigError, match="--widths: this run has gates of structured pruning"):
+        cut_widths(found, [[1, 8]] * 2)
+
+
 def test_the_front_end_keeps_its_channels_where_it_is_asked_to() -> None:
     objective = module_of(sparsity=0.5, prune_frontend=False).objective
     assert isinstance(objective, Distil)
@@ -227,6 +256,11 @@ def test_a_teacher_that_does_not_fit_is_refused(
     config = student(tmp_path / "teacher", **objective)
     with pytest.raises(ConfigError, match=words):
         load_teacher(config, build_model(config).objective)
+
+
+def test_another_width_of_a_teacher_without_a_teacher_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objective.teacher_dim=64: without objective.teacher .* encoder.dim=32"):
+        module_of(teacher_dim=64)
 
 
 def test_a_student_trains_and_resumes_with_its_own_first_weights_as_the_teacher(tmp_path: Path) -> None:

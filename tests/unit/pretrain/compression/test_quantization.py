@@ -168,6 +168,8 @@ def test_lost_frames_are_counted_against_clusters_of_the_exact_features() -> Non
         ),
         (["--to", "onnx", "--int8", "dynamic"], "needs --shards FOLDER"),
         (["--to", "onnx", "--shards", "x"], "belong to --int8"),
+        (["--to", "onnx", "--chunk", "8"], "--chunk, --left: belong to --to onnx_stream, edge, wenet"),
+        (["--to", "edge", "--layer", "1"], "--layer 1: belongs to --to torchscript or onnx"),
         (["--to", "onnx", "--int8", "static", "--shards", "NONE"], "--shards NONE: "),
     ],
 )
@@ -178,6 +180,12 @@ def test_options_that_do_not_fit_are_refused(
     assert main(["export", RUN.format(tmp_path), str(tmp_path / "out"), *options]) == 2
     assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_long_segments_leave_two_or_more_to_calibrate_and_compare_on(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [sounds([25.0, 25.0, 3.0])])
+    waves = quantized_export.read_waves(str(shards), 30.0)
+    assert [len(wave) for wave in waves] == [round(quantized_export.MOST_SECONDS * 16_000)] * 2
 
 
 def test_a_probe_that_loses_points_refuses_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
