@@ -5,11 +5,12 @@
 
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names; students read its splits pretrain and train, and so does
 the teacher, a run of quality_hubert, which is trained first where none is given. Rows: the teacher, also after each
-block; a student of one block distilled from layer 2; one block trained on the units of layer 2 (DiceHuBERT), and its
-front end alone; the teacher after as many more updates on its own labels, truncated; two pruned blocks; each in fp32
-and INT8. Columns: phone accuracy on non-silence frames of unseen speakers, the share of the gain over log-mel of the
-teacher's best layer that is kept, speed from audio to features in onnxruntime on one thread, by processor time,
-measured in turn, against the teacher in fp32; MB. The page names the teacher's time in torch in fp32 and bf16, too.
+block; a student of one block distilled from layer 2; one block trained on the units of layer 2 (DiceHuBERT), whole and
+with fewer heads and channels, and its front end alone; the same smaller blocks of the teacher without training; the
+teacher after as many more updates on its own labels, truncated; two pruned blocks; each in fp32 and INT8. Columns:
+phone accuracy on non-silence frames of unseen speakers, the share of the gain over log-mel of the teacher's best layer
+that is kept, speed from audio to features in onnxruntime on one thread, by processor time, measured in turn, against
+the teacher in fp32; MB. The page names the teacher's time in torch in fp32 and bf16, too.
 Every seed trains all students again. The page is written after each seed; the same command continues. Writes
 benchmarks/results/compress.json and .md. Exit code 1 unless one row keeps 95 % of the gain at 3 times the speed and a
 learned row is above plain truncation at equal latency (paired interval above 0).
@@ -36,10 +37,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
 from benchmarks.prove.compress_students import (  # noqa: E402
     BLOCKS,
+    NARROW,
     Model,
     Updates,
     exported,
     longer_teacher,
+    narrowed,
+    parts_of,
     students,
     train,
 )
@@ -130,6 +134,8 @@ def seed_results(seed: int, task: TaskEvaluation, given: Namespace) -> dict[str,
     models += [Model(f"teacher after block {n}", given.teacher, n) for n in range(BLOCKS)]
     updates = Updates.scaled(given.updates)
     if seed == 0:
+        _, truncated, _ = parts_of(given.teacher, given.work, given.shards)
+        models += [Model(f"teacher's {name} block", narrowed(truncated, name, given.work)) for name in NARROW]
         models += longer_teacher(given.teacher, updates.units, given.work, given.shards)
     learned, notes = students(given.teacher, updates, given.work, given.shards, seed)
     made = exported([*models, *learned], given.work / "exported", given.shards)

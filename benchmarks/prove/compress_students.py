@@ -12,8 +12,8 @@ from pretrain.checkpointing.locate import steps_done
 
 BLOCKS, BEST, STUDENT_BLOCKS = 4, 2, 1
 """Blocks of the teacher, its layer that teaches, blocks of the students."""
-NARROW = [2, 512]
-"""Heads and inner channels of the narrow student's block."""
+NARROW = {"narrow": [2, 512], "slim": [1, 128]}
+"""Heads and inner channels of the block of smaller students."""
 SIZES = {"frontend": ("widths",), "encoder": ("layers", "widths", "final_norm")}
 """Fields in which a cut run differs."""
 SPARSITY = 0.5
@@ -91,10 +91,10 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
     return best, truncated, units
 
 
-def narrowed(truncated: Path, work: Path) -> Path:
-    """Returns the truncated teacher with the most important heads and inner channels of its block."""
-    widths, out = work / "narrow.json", work / "narrow"
-    widths.write_text(json.dumps([NARROW] * STUDENT_BLOCKS) + "\n", encoding="utf-8")
+def narrowed(truncated: Path, name: str, work: Path) -> Path:
+    """Returns the truncated teacher with the most important heads and inner channels of its block, as in NARROW."""
+    widths, out = work / f"{name}.json", work / name
+    widths.write_text(json.dumps([NARROW[name]] * STUDENT_BLOCKS) + "\n", encoding="utf-8")
     cut(truncated, out, "--widths", str(widths))
     return out
 
@@ -135,15 +135,16 @@ def students(
     labels = ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}"]
     overrides = ["+experiment=quality_hubert", f"init={truncated}", *widths_of(truncated), *labels]
     dice = train("units_of_teacher", updates.units, work, shards, *overrides, seed=seed)
-    narrow = narrowed(truncated, work)
-    overrides = ["+experiment=quality_hubert", f"init={narrow}", *widths_of(narrow), *labels]
-    dice_narrow = train("units_of_teacher_narrow", updates.units, work, shards, *overrides, seed=seed)
     found = [
         Model("distilled, 1 block", distilled, learned=True),
         Model("teacher's units, 1 block", dice, learned=True),
-        Model("teacher's units, 1 narrow block", dice_narrow, learned=True),
-        Model("teacher's units, front end", dice, 0, learned=True),
     ]
+    for name in NARROW:
+        narrow = narrowed(truncated, name, work)
+        overrides = ["+experiment=quality_hubert", f"init={narrow}", *widths_of(narrow), *labels]
+        run = train(f"units_of_teacher_{name}", updates.units, work, shards, *overrides, seed=seed)
+        found.append(Model(f"teacher's units, 1 {name} block", run, learned=True))
+    found.append(Model("teacher's units, front end", dice, 0, learned=True))
     overrides = [
         "+experiment=prune_tiny", f"objective.teacher={best}", f"objective.layers=[[0],[{BEST}]]", f"init={best}",
         f"objective.sparsity={SPARSITY}", f"objective.sparsity_steps={max(1, updates.pruning // 10)}",
