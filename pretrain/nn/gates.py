@@ -110,19 +110,11 @@ class HardConcreteGates(nn.Module):
 
         Args:
             open_N: probability that each gate is open, or 0 and 1. Weights between two layers with gates are kept
-                where both are open, independently (DPHuBERT, §3.2).
+                where both are open, independently (DPHuBERT, §3.2). One head or channel of each part always counts.
         """
-        means = [part_K.mean() for part_K in torch.split(open_N, self.sizes)]
+        means = [part_K.mean().clamp(min=1 / len(part_K)) for part_K in torch.split(open_N, self.sizes)]
         kept = [weights.number * _product([means[part] for part in weights.parts]) for weights in self.weights]
         return 1 - torch.stack(kept).sum() / sum(weights.number for weights in self.weights)
-
-    def removed(self, gates_N: Tensor) -> float:
-        """Returns the share of the prunable weights that a cut removes: of each part one head or channel stays."""
-        open_N = (gates_N > 0).float()
-        for open_K in torch.split(open_N, self.sizes):
-            if not open_K.any():
-                open_K[0] = 1.0
-        return float(self.share_removed(open_N))
 
     def by_part(self, gates_N: Tensor) -> ModelGates:
         """Splits the gates into those of the front end and of each block."""

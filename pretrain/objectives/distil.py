@@ -307,7 +307,8 @@ class Distil(Objective):
         if self.gates is None:
             return None
         gates_N = self.gates.closed(FASTER * self.gates.theta_N)
-        return Pruning(self.gates.by_part(gates_N), self.config.sparsity, self.gates.removed(gates_N))
+        removed = float(self.gates.share_removed((gates_N > 0).float()))
+        return Pruning(self.gates.by_part(gates_N), self.config.sparsity, removed)
 
     def space(self) -> Space | None:
         return self._space
