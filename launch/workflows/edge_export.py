@@ -76,12 +76,12 @@ def export_edge(
             shares = 100 * loss.units, 100 * loss.error
             lost = f"{shares[0]:.1f} % of the frames change their cluster, features differ by {shares[1]:.1f} %"
             if int8.manifest is not None:
-                lost += f", {_require_accurate_task(exact, package, int8.manifest)}"
+                lost += f", {require_accurate_task(exact, package, int8.manifest)}"
         size = (package / MODEL).stat().st_size / 1e6
     return f"{lost}; {size:.1f} MB"
 
 
-def _require_accurate_task(exact: Path, small: Path, manifest: str) -> str:
+def require_accurate_task(exact: Path, small: Path, manifest: str) -> str:
     """Returns what the INT8 package loses on the validation speakers of a manifest, in words.
 
     A recogniser is judged by the word error rate of its greedy texts, features by probes of phones.

@@ -76,6 +76,7 @@ def test_fewer_than_two_classes_are_refused(
     assert "1 clips cannot be used: low/odd.wav" in said
 
 
+@pytest.mark.slow
 def test_another_base_ends_each_command_with_exit_code_2_and_both_checksums(
     clips: Path, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

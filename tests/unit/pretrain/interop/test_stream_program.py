@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.text.tokenizer import write_tokens
 from launch.main import main
 from launch.workflows import edge_export
@@ -128,19 +129,19 @@ def test_an_int8_recogniser_is_compared_by_its_word_errors(
     (tmp_path / "manifest.tsv").write_text("\n".join(rows) + "\n")
     line = ["export", str(checkpoint), str(tmp_path / "edge"), "--to", "edge", "--int8", "dynamic", "--shards", shards]
     line += ["--head", "text", "--manifest"]
-    monkeypatch.setattr(edge_export, "POINTS_LOST", -2.0)
-    assert main([*line, str(tmp_path / "manifest.tsv")]) == 2
-    assert "--int8: the word error rate rises by" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "edge").exists()
-    monkeypatch.setattr(edge_export, "POINTS_LOST", 2.0)
-    assert main([*line, str(tmp_path / "manifest.tsv")]) == 0
+    manifest, edge = tmp_path / "manifest.tsv", tmp_path / "edge"
+    assert main([*line, str(manifest)]) == 0
     assert re.search(r"WER \d+\.\d → \d+\.\d %", capsys.readouterr().out)
     waves = [0.1 * np.random.default_rng(9).standard_normal(20_000).astype(np.float32)]
-    said = output(tmp_path / "edge", "--stdin", given=(waves[0] * 32768).astype("<i2").tobytes())
-    assert edge_export.texts_of(tmp_path / "edge", waves)[0] == json.loads(said.stdout.splitlines()[-1])["text"]
-    (tmp_path / "manifest.tsv").write_text("\n".join(rows[:2]) + "\n")
-    assert main([*line[:2], str(tmp_path / "other"), *line[3:], str(tmp_path / "manifest.tsv")]) == 2
-    assert "no text in the split valid" in " ".join(capsys.readouterr().err.split())
+    said = output(edge, "--stdin", given=(waves[0] * 32768).astype("<i2").tobytes())
+    assert edge_export.texts_of(edge, waves)[0] == json.loads(said.stdout.splitlines()[-1])["text"]
+    found = iter(["a b", "a b", "a b", "b"])  # of fp32, then of INT8, a text for each valid recording
+    monkeypatch.setattr(edge_export, "texts_of", lambda folder, waves: [next(found) for _ in waves])
+    with pytest.raises(ConfigError, match=r"word error rate rises by 25.0 points \(allowed: 1\), 0.0 → 25.0"):
+        edge_export.require_accurate_task(edge, edge, str(manifest))
+    manifest.write_text("\n".join(rows[:2]) + "\n")
+    with pytest.raises(ConfigError, match="no text in the split valid"):
+        edge_export.require_accurate_task(edge, edge, str(manifest))
 
 
 def test_the_program_is_short_and_needs_two_packages_only() -> None:

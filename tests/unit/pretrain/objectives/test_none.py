@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
@@ -56,9 +57,9 @@ def test_hidden_features_are_zero_and_nothing_else_changes(monkeypatch: pytest.M
     module = build_model(settings(mask_time=0.3, mask_channels=0.1)).eval()
     seen, project = [], module.model.frontend.project
 
-    def recorded(features: Frames) -> Frames:
+    def recorded(features: Frames, gates: tuple[Tensor, ...]) -> Frames:
         seen.append(features.x_BFD)
-        return project(features)
+        return project(features, gates)
 
     monkeypatch.setattr(module.model.frontend, "project", recorded)
     ctx = StepContext(0, 0)
