@@ -65,6 +65,7 @@ def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: 
         assert losses[1] == losses[0], "an unchanged world size must give identical bits"
 
 
+@pytest.mark.slow
 def test_resumed_runs_read_the_same_keys_on_one_and_two_ranks(tmp_path: Path) -> None:
     soak(tmp_path, {"name": "torch"}, kills=2, seed=1)
 

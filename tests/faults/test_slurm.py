@@ -166,6 +166,7 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     assert "job" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_is_a_job_array(others: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (0, 1):
