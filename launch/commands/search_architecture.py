@@ -43,9 +43,8 @@ def run(arguments: list[str]) -> int:
         "--processes", type=int, default=0, help="ranks of that training; 0: one per GPU, or one (default: 0)"
     )
     given = parser.parse_args(arguments)
-    least_values = {"trials": 1, "population": 2, "finalists": 1}
-    for name in ("trials", "population", "finalists", "seed", "max_utterances", "updates", "processes"):
-        least = least_values.get(name, 0)
+    limits = {"trials": 1, "population": 2, "finalists": 1, "seed": 0}
+    for name, least in (limits | dict.fromkeys(("max_utterances", "updates", "processes"), 0)).items():
         if vars(given)[name] < least:
             parser.error(f"--{name.replace('_', '-')} {vars(given)[name]}: must be at least {least}")
     for name in ("rtf", "mb"):

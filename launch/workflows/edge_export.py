@@ -89,9 +89,9 @@ def require_accurate_task(exact: Path, small: Path, manifest: str) -> str:
     Raises:
         ConfigError: it loses more than POINTS_LOST, or the manifest has no such speech.
     """
-    symbols = stream_program.Stream(small).about["symbols"]
+    about = json.loads((small / DESCRIPTION).read_text(encoding="utf-8"))
+    symbols, rate_hz = about["symbols"], about["frames_per_second"]
     if not symbols:
-        rate_hz = stream_program.Stream(small).about["frames_per_second"]
         runs = {"fp32": streamed(exact), "int8": streamed(small)}
         encoders = [FrozenEncoder(name, functools.partial(_layer, run), rate_hz) for name, run in runs.items()]
         return f"probes of phones lose {100 * probe_loss(encoders, manifest):.1f} points"

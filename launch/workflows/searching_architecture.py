@@ -279,9 +279,8 @@ def plot_front(
     axes.scatter(
         measured, [100 * f.candidate.score for f in finals], marker="x", color="C3", label="finalists, measured"
     )
-    if trained := [final for final in finals if final.distilled is not None]:
-        scores = [100 * final.distilled[1] for final in trained if final.distilled is not None]
-        axes.scatter([final.measured_rtf for final in trained], scores, marker="^", color="C2", label="distilled on")
+    if trained := [(final.measured_rtf, 100 * final.distilled[1]) for final in finals if final.distilled is not None]:
+        axes.scatter(*zip(*trained, strict=True), marker="^", color="C2", label="distilled on")
     axes.set_xlabel("seconds of computing per second of audio")
     axes.set_ylabel("score, %")
     axes.legend()

@@ -18,7 +18,6 @@ from data_pipeline.core.schema import ConfigError, dump, load
 from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.config import Config
 from pretrain.interfaces.frames import BlockGates, ModelGates
-from pretrain.interfaces.models import ChannelGroup
 from pretrain.interfaces.objectives import Pruning
 from pretrain.interfaces.subnets import Subnet
 from pretrain.nn.block_stack import BlockStack
@@ -152,7 +151,7 @@ def cut_gates(found: LoadedCheckpoint, gates: ModelGates) -> CutModel:
     state, sizes, widths = dict(model.state_dict()), list[int](), list[list[int]]()
     for group, gate_C in zip(model.frontend.channel_groups() if gates.frontend else (), gates.frontend, strict=True):
         channels_K = _open(gate_C)
-        state |= _narrow_group(state, group, channels_K, gate_C)
+        state |= _narrow_channels(state, "frontend.", group.rows, group.columns, channels_K, gate_C)
         sizes.append(len(channels_K))
     frontend = model.frontend.narrowed(sizes) if sizes else {}
     for number, (gate, width) in enumerate(zip(gates.blocks, stack.block_widths, strict=True)):
@@ -162,7 +161,8 @@ def cut_gates(found: LoadedCheckpoint, gates: ModelGates) -> CutModel:
         state |= _narrow_attention(state, f"{prefix}attention.", heads_K, gate.heads_H, width.head_dim)
         for (inner, outer), part in zip(model.encoder.feed_forwards, gate.channels, strict=True):
             channels_K = part.topk(n_channels).indices.sort().values
-            state |= _narrow_linear(state, f"{prefix}{inner}.", f"{prefix}{outer}.", channels_K, part)
+            rows, columns = (f"{inner}.weight", f"{inner}.bias"), (f"{outer}.weight",)
+            state |= _narrow_channels(state, prefix, rows, columns, channels_K, part)
         widths.append([len(heads_K), n_channels])
     return _rebuilt(found, {"widths": widths}, state, frontend)
 
@@ -196,25 +196,20 @@ def _narrow_attention(
     }
 
 
-def _narrow_linear(
-    state: Mapping[str, Tensor], inner: str, outer: str, channels_K: Tensor, gate_C: Tensor
+def _narrow_channels(
+    state: Mapping[str, Tensor],
+    prefix: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    channels_K: Tensor,
+    gate_C: Tensor,
 ) -> dict[str, Tensor]:
-    return {
-        f"{inner}weight": state[f"{inner}weight"][channels_K],
-        f"{inner}bias": state[f"{inner}bias"][channels_K],
-        f"{outer}weight": (state[f"{outer}weight"] * gate_C)[:, channels_K],
-    }
-
-
-def _narrow_group(
-    state: Mapping[str, Tensor], group: ChannelGroup, channels_K: Tensor, gate_C: Tensor
-) -> dict[str, Tensor]:
-    """Returns the front end's weights of a group: rows of the open channels, and columns times their gates."""
-    found = {f"frontend.{name}": state[f"frontend.{name}"][channels_K] for name in group.rows}
-    for name in group.columns:
-        weight = state[f"frontend.{name}"]
+    """Returns the weights around some channels: rows of those that are kept, and columns times their gates."""
+    found = {f"{prefix}{name}": state[f"{prefix}{name}"][channels_K] for name in rows}
+    for name in columns:
+        weight = state[f"{prefix}{name}"]
         factors = gate_C.view(-1, *[1] * (weight.dim() - 2))  # along the second axis
-        found[f"frontend.{name}"] = (weight * factors)[:, channels_K]
+        found[f"{prefix}{name}"] = (weight * factors)[:, channels_K]
     return found
 
 

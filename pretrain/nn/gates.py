@@ -113,7 +113,9 @@ class HardConcreteGates(nn.Module):
                 where both are open, independently (DPHuBERT, §3.2). One head or channel of each part always counts.
         """
         means = [part_K.mean().clamp(min=1 / len(part_K)) for part_K in torch.split(open_N, self.sizes)]
-        kept = [weights.number * _product([means[part] for part in weights.parts]) for weights in self.weights]
+        kept = [
+            weights.number * torch.stack([means[part] for part in weights.parts]).prod() for weights in self.weights
+        ]
         return 1 - torch.stack(kept).sum() / sum(weights.number for weights in self.weights)
 
     def by_part(self, gates_N: Tensor) -> ModelGates:
@@ -122,10 +124,6 @@ class HardConcreteGates(nn.Module):
         pairs = zip(parts[self.n_groups :: 2], parts[self.n_groups + 1 :: 2], strict=True)
         blocks = tuple(BlockGates(heads_H, (channels_C,) * self.n_feed_forwards) for heads_H, channels_C in pairs)
         return ModelGates(tuple(parts[: self.n_groups]), blocks)
-
-
-def _product(shares: Sequence[Tensor]) -> Tensor:
-    return torch.stack([*shares]).prod()
 
 
 def _weights_of(frontend: Frontend, groups: Sequence[ChannelGroup]) -> list[_Weights]:
